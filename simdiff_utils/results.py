@@ -1,0 +1,95 @@
+"""Results: where runs lie, provenance, and the closing summary."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from simdiff_utils.files import read_json
+from simdiff_utils.settings import SimDiffError, repository_root
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "simdiff-workbook")
+
+
+def runs_root() -> Path:
+    """Where stage folders lie: the environment variable SIMDIFF_RUNS, else `runs/` in the repository."""
+    return Path(os.environ.get("SIMDIFF_RUNS") or repository_root() / "runs")
+
+
+def provenance() -> dict:
+    """When, with what and on what: time, library versions, git revision, machine (no name of it)."""
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version(),
+            "versions": versions, "git_revision": _git_revision(), "machine": describe_machine()}
+
+
+def describe_machine() -> str:
+    """Processor, cores and memory in words, for result tables."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    memory_gib = psutil.virtual_memory().total / 2**30
+    return f"{model}, {psutil.cpu_count()} cores, {memory_gib:.0f} GiB"
+
+
+def _git_revision() -> str | None:
+    git = shutil.which("git")
+    if not git:
+        return None
+    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=repository_root(), capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of this process so far, in GiB (file pages of the weights included)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage: on Linux its maximum is inherited from the (large) process that started us
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    import resource  # Unix only; macOS counts in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def summarise(root: Path) -> str:
+    """What the newest run made, in words: per notebook its headline, and where everything lies.
+
+    Raises:
+        SimDiffError: no notebook has finished under `root`.
+    """
+    finished = sorted(root.glob("*/[0-9][0-9]_*/result.json"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise SimDiffError(f"no notebook has finished under {root}; run `make workbook` first.")
+    model_folder = finished[-1].parent.parent
+    newest = {read_json(path)["notebook"]: path for path in finished if path.parent.parent == model_folder}
+    lines = [f"Results in {model_folder}"]
+    for notebook, path in sorted(newest.items()):
+        result = read_json(path)
+        lines.append(f"\n{notebook}  ({result['seconds']:.0f} s, peak memory {result['peak_memory_gib']:.1f} GiB)")
+        lines += [f"  {name}: {value}" for name, value in result["headline"].items()]
+        lines += [f"  {kind}: {', '.join(str(file) for file in sorted(path.parent.glob(pattern)))}"
+                  for kind, pattern in (("tables", "*.csv"), ("figures", "*.png")) if any(path.parent.glob(pattern))]
+    executed = sorted((root / "batch").glob("*/executed/*.ipynb"), key=lambda path: path.stat().st_mtime)
+    if executed:
+        lines.append(f"\nexecuted notebooks: {executed[-1].parent}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        print(summarise(Path(sys.argv[1]) if len(sys.argv) > 1 else runs_root()))
+    except SimDiffError as error:
+        sys.exit(f"simdiff: {error}")

@@ -1,0 +1,162 @@
+"""Settings of a run: one validated dataclass, fed from a notebook's parameters cell."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CRITERIA = ("cosine", "mssd", "masd")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PRESETS = ("demo", "published")
+
+
+class SimDiffError(ValueError):
+    """Bad input or an impossible request; the message is one sentence that says what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: the sentence is all a reader needs."""
+        return [f"SimDiffError: {self}"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every parameter that a notebook may declare, with its default.
+
+    A notebook declares the ones it uses; `from_notebook` checks them. `n_` counts, lengths are in tokens.
+    """
+
+    # what is pruned, and on what text
+    model: str = "embedded:smollm2-135m-instruct"
+    text: str = "embedded:wikipedia"
+    dtype: str = "float32"
+    seed: int = 0
+    batch_size: int = 2
+    # calibration capture
+    n_samples: int = 32
+    seq_len: int = 256
+    # criterion: alpha is chosen on the validation split (SimDiff, Algorithm 1)
+    criterion: str = "mssd"
+    alpha: float | str = "auto"
+    n_remove_grid: list[int] = field(default_factory=lambda: [3, 6, 8, 9, 12])
+    n_validation: int = 8
+    eps: float = 0.01
+    max_iterations: int = 50
+    # pruning, reported on the test split
+    n_remove: int = 6
+    n_test: int = 16
+    max_perplexity_ratio: float = 0.0
+    prompt: str = "Albert Einstein was a physicist who"
+    # recovery
+    preset: str = "demo"
+    train_data: str = "preset"
+    learning_rate: float = 0.0
+    max_steps: int = 0
+    train_dtype: str = "auto"
+    # speed
+    speed_dtype: str = "auto"
+    speed_batch_size: int = 1
+    prefill_len: int = 512
+    prompt_len: int = 4
+    n_new_tokens: int = 48
+    n_repeats: int = 5
+    # batch runs: where the last cell writes its proof of success ("" = nowhere)
+    result_file: str = ""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), f.type)
+        for name in ("n_samples", "n_validation", "n_test", "batch_size", "n_remove", "max_iterations",
+                     "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        _require(self.seq_len >= 2, f"seq_len must be at least 2 tokens, got {self.seq_len}.")
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
+        _require(self.eps > 0, f"eps must be above 0, got {self.eps}.")
+        _require(self.n_remove_grid and all(type(k) is int and k >= 1 for k in self.n_remove_grid),
+                 f"n_remove_grid must be a list of whole numbers of at least 1, got {self.n_remove_grid}.")
+        if isinstance(self.alpha, str):
+            _require(self.alpha == "auto", f'alpha must be "auto" or a number in [0, 1], got {self.alpha!r}.')
+        else:
+            _require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], got {self.alpha}.")
+        for name, choices in (("criterion", CRITERIA), ("dtype", DTYPES), ("train_dtype", DTYPES),
+                              ("speed_dtype", DTYPES), ("preset", PRESETS)):
+            _require(getattr(self, name) in choices,
+                     f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        for name in ("max_perplexity_ratio", "learning_rate", "max_steps"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 (off) or more, got {getattr(self, name)}.")
+
+    def key(self, names: tuple[str, ...], **identity: str) -> str:
+        """Hash of the settings named and of what they resolved to (hashes of model, text, code): 12 hex digits."""
+        facts = {name: getattr(self, name) for name in names} | identity
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_n_remove(n_remove: int, n_layers: int) -> None:
+    """Refuse a number of layers to remove outside [1, n_layers - 1]."""
+    _require(1 <= n_remove < n_layers,
+             f"n_remove must lie between 1 and {n_layers - 1} for a model of {n_layers} layers, got {n_remove}.")
+
+
+def from_notebook(namespace: dict) -> Settings:
+    """Settings from the parameters cell of the running notebook, and from what papermill injected below it.
+
+    Args:
+        namespace: the notebook's `globals()`.
+
+    Raises:
+        SimDiffError: a name that the notebook does not declare (papermill only logs those), or a value of
+            the wrong type or out of range.
+    """
+    declared, injected = _declared_and_injected(namespace.get("In", []))
+    unknown = sorted(injected - declared)
+    _require(not unknown, f"unknown parameter {', '.join(unknown)}; "
+                          f"this notebook declares {', '.join(sorted(declared))}.")
+    known = {f.name for f in dataclasses.fields(Settings)}
+    _require(declared <= known, f"the parameters cell declares {', '.join(sorted(declared - known))}, "
+                                "which no setting is called; see simdiff_utils/settings.py.")
+    return Settings(**{name: namespace[name] for name in declared})
+
+
+def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
+    """Names of the annotated literals run so far, and of the assignments papermill injected.
+
+    Read from the kernel's input history, so that running the cells again, in any order, gives the same answer.
+    """
+    declared: set[str] = set()
+    injected: set[str] = set()
+    for cell in cells:
+        try:
+            body = ast.parse(cell).body
+        except SyntaxError:
+            continue
+        if body and all(isinstance(node, ast.AnnAssign) for node in body):
+            declared |= {node.target.id for node in body}
+        elif cell.lstrip().startswith("# Parameters"):  # the comment papermill puts on the cell it injects
+            injected |= {target.id for node in body if isinstance(node, ast.Assign) for target in node.targets}
+    return declared, injected
+
+
+def _check_type(name: str, value: object, annotation: object) -> None:
+    words = {int: "a whole number", float: "a number", str: "a text", list[int]: "a list of whole numbers",
+             float | str: "a number or a text"}
+    ok = {int: type(value) is int, float: type(value) in (int, float), str: isinstance(value, str),
+          list[int]: isinstance(value, list), float | str: type(value) in (int, float, str)}[annotation]
+    hint = ""
+    if annotation is float and isinstance(value, str):
+        hint = " (YAML reads 1e-4 as a text: write 1.0e-4 or 0.0001)"
+    _require(ok, f"{name} must be {words[annotation]}, got {value!r}{hint}.")
+
+
+def _require(condition: object, sentence: str) -> None:
+    if not condition:
+        raise SimDiffError(sentence)
+
+
+def repository_root(start: Path | None = None) -> Path:
+    """The folder that holds `pyproject.toml`, from anywhere inside the repository; else the working directory."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").exists() and (folder / "simdiff_utils").is_dir():
+            return folder
+    return here

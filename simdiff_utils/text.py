@@ -1,0 +1,213 @@
+"""Text: corpora with a fixed train, validation and test split, and their token blocks.
+
+Train is for calibration and recovery, validation for choosing alpha, test for reported numbers, never for choosing.
+"""
+
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import LongTensor
+from tqdm.auto import tqdm
+
+from simdiff_utils import assets
+from simdiff_utils.settings import SimDiffError, repository_root
+from simdiff_utils.wikipedia import load_articles
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".txt", ".md", ".txt.gz", ".jsonl", ".jsonl.gz")
+OFFLINE_HINT = "offline, name a local .txt or .jsonl file, or embedded:wikipedia"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in three parts: `documents` maps train, validation and test to lists of documents."""
+
+    label: str
+    licence: str
+    documents: dict[str, list[str]]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the documents and of how they are split; the label does not enter."""
+        return hashlib.sha256(json.dumps([self.documents[split] for split in SPLITS]).encode()).hexdigest()
+
+
+def load_corpus(text: str) -> Corpus:
+    """Load a text by name.
+
+    Args:
+        text: `embedded:wikipedia`; `wikitext2`; a local file (.txt, .md, .txt.gz: cut into 80, 10 and 10 % of its
+            characters; .jsonl, .jsonl.gz: one document a row, in the field `text` or `page`, every tenth row to
+            validation and to test); or a hub data set `org/name` or `org/name:config` with a column `text`.
+
+    Raises:
+        SimDiffError: nothing of that name, the hub cannot be reached, or a file that cannot be read or split.
+    """
+    if text == "embedded:wikipedia":
+        asset = assets.ASSETS["wikipedia"]
+        return Corpus(asset.label, asset.licence, _split_rows(load_articles()))
+    if text == "wikitext2":
+        return _load_hub("Salesforce/wikitext", "wikitext-2-raw-v1", "WikiText-2 (raw)", "CC BY-SA")
+    path = _find_file(text)
+    if path is not None:
+        return _check_splits(text, Corpus(path.name, "the user's own", _read_file(path)))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", text) and not text.endswith(SUFFIXES):
+        name, _, config = text.partition(":")
+        return _load_hub(name, config or None, text, "see the data set's page")
+    raise SimDiffError(f"there is no text {text!r}: give embedded:wikipedia, wikitext2, an existing file "
+                       f"({', '.join(SUFFIXES)}) or a hub data set as org/name.")
+
+
+def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTensor:
+    """Cut a text into blocks of equal length, every position of which is counted.
+
+    The documents, joined by blank lines, are tokenised once without special tokens; each block starts with what
+    the tokenizer itself prepends to a text (BOS for Llama and Gemma, nothing for SmolLM2). The rest that fills no
+    block is dropped; padding never occurs.
+
+    Args:
+        tokenizer: of transformers.
+        seq_len: tokens in a block, those prepended included.
+
+    Returns:
+        int64 [n_blocks, seq_len].
+
+    Raises:
+        SimDiffError: the text does not fill one block, or seq_len leaves no room beside the prepended tokens.
+    """
+    prefix = _find_prefix(tokenizer)
+    n_text = seq_len - len(prefix)
+    if n_text < 1:
+        raise SimDiffError(f"seq_len must be above the {len(prefix)} token(s) this tokenizer prepends, got {seq_len}.")
+    joined = "\n\n".join(documents)
+    with tqdm(total=len(joined), desc="tokenise", unit=" characters", unit_scale=True, leave=False,
+              disable=len(joined) < 500_000) as bar:  # one call, so that no document boundary changes a token
+        # verbose=False: no warning that the whole text is longer than the model's context, since blocks are not
+        ids = tokenizer(joined, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        bar.update(len(joined))
+    n_blocks = len(ids) // n_text
+    if n_blocks == 0:
+        raise SimDiffError(f"the text has {len(ids)} tokens, one block of seq_len {seq_len} takes {n_text}: give a "
+                           "longer text or lower seq_len.")
+    body = torch.tensor(ids[:n_blocks * n_text]).view(n_blocks, n_text)
+    head = torch.tensor(prefix, dtype=torch.long).expand(n_blocks, -1)
+    return torch.cat([head, body], dim=1)  # [n_blocks, seq_len]
+
+
+def draw_blocks(blocks: LongTensor, n: int, seed: int | None = None, parameter: str = "n_samples") -> LongTensor:
+    """Choose n different blocks, in the order of the text: evenly spaced, or at random when a seed is given.
+
+    Args:
+        blocks: [n_blocks, seq_len].
+        parameter: name of the setting that asked for n, for the error message.
+
+    Raises:
+        SimDiffError: there are fewer than n.
+    """
+    n_blocks, seq_len = blocks.shape
+    if n > n_blocks:
+        raise SimDiffError(f"this split of the text has {n_blocks} blocks of {seq_len} tokens, {n} were asked for: "
+                           f"lower {parameter} or seq_len, or give a longer text.")
+    if seed is None:
+        chosen = torch.tensor([(2 * i + 1) * n_blocks // (2 * n) for i in range(n)], dtype=torch.long)
+    else:
+        chosen = torch.randperm(n_blocks, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    return blocks[chosen]
+
+
+def _find_prefix(tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts before a text; those it may put after it are not wanted."""
+    plain = tokenizer("text", add_special_tokens=False, verbose=False)["input_ids"]
+    special = tokenizer("text", add_special_tokens=True, verbose=False)["input_ids"]
+    starts = (i for i in range(len(special)) if special[i:i + len(plain)] == plain)
+    return special[:next(starts, 0)]
+
+
+def _split_rows(rows: list[str]) -> dict[str, list[str]]:
+    """Every tenth row, from the fifth on, to validation, every tenth to test: neighbours share topics, so mix."""
+    split_of = {4: "validation", 9: "test"}
+    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for i, row in enumerate(rows):
+        documents[split_of.get(i % 10, "train")].append(row)
+    return documents
+
+
+def _split_characters(text: str) -> dict[str, list[str]]:
+    """Paragraphs, one after another: to train those in the first 80 % of the characters, 10 % to each other split."""
+    chunks = [chunk.strip("\n") for chunk in re.split(r"\n\s*\n", text) if chunk.strip()]
+    ends = list(itertools.accumulate(map(len, chunks)))
+    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for chunk, end in zip(chunks, ends, strict=True):
+        middle = (end - len(chunk) / 2) / ends[-1]
+        documents["train" if middle < 0.8 else "validation" if middle < 0.9 else "test"].append(chunk)
+    return documents
+
+
+def _check_splits(text: str, corpus: Corpus) -> Corpus:
+    empty = [split for split in SPLITS if not corpus.documents[split]]
+    if empty:
+        raise SimDiffError(f"{text} is too short: nothing is left for {' and '.join(empty)}; give at least ten "
+                           "documents, or ten paragraphs between blank lines.")
+    return corpus
+
+
+def _find_file(text: str) -> Path | None:
+    """The file of that name, seen from here or from the repository's root (notebooks run in their own folder)."""
+    candidates = (Path(text).expanduser(), repository_root() / text)
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is not None and not path.name.endswith(SUFFIXES):
+        raise SimDiffError(f"{path.name} is no text this can read: it must end in one of {', '.join(SUFFIXES)}.")
+    return path
+
+
+def _read_file(path: Path) -> dict[str, list[str]]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            if path.name.removesuffix(".gz").endswith(".jsonl"):
+                return _split_rows([_read_row(line, f"line {i} of {path.name}")
+                                    for i, line in enumerate(file, start=1) if line.strip()])
+            return _split_characters(file.read())
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SimDiffError(f"cannot read {path.name} as UTF-8 text ({error}).") from error
+
+
+def _read_row(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SimDiffError(f"{where} is not JSON ({error}).") from error
+    for field in ("text", "page"):
+        if isinstance(row, dict) and isinstance(row.get(field), str):
+            return row[field]
+    raise SimDiffError(f"{where} has no field `text` or `page` that holds a text.")
+
+
+def _load_hub(name: str, config: str | None, label: str, licence: str) -> Corpus:
+    """A hub data set with its own three splits; where one is missing, its first split by rows.
+
+    Rows stay as they are, empty ones too: WikiText-2 joined by blank lines is what published perplexities use.
+    """
+    import datasets  # here, not above: slow to import, and needed by few
+
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except Exception as error:  # a dozen kinds, from no connection to no such config; all end the same way
+        reason = " ".join(str(error).split())[:200]
+        advice = "accept the licence on its page, then `hf auth login`" if "gated" in reason else OFFLINE_HINT
+        raise SimDiffError(f"cannot load {name} from the Hugging Face hub ({reason}): check the name; "
+                           f"{advice}.") from error
+    parts = {split: loaded[split] for split in SPLITS if split in loaded} or {"train": next(iter(loaded.values()))}
+    columns = next(iter(parts.values())).column_names
+    if "text" not in columns:
+        raise SimDiffError(f"the data set {label} has no column `text`; it has {', '.join(columns)}.")
+    rows = {split: [row or "" for row in part["text"]] for split, part in parts.items()}
+    documents = rows if len(rows) == len(SPLITS) else _split_rows(next(iter(rows.values())))
+    return _check_splits(label, Corpus(label, licence, documents))

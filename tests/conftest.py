@@ -1,0 +1,90 @@
+"""What the tests share: tiny random models of many families, a tiny tokenizer, token ids. No network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may ask the hub
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+VOCAB_SIZE = 97
+N_LAYERS = 6
+SIZES = dict(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=N_LAYERS,
+             num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+GROUPED = SIZES | dict(num_key_value_heads=2)
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+# Each stands for something of its own; falcon's layers return a tuple, all others' a tensor (transformers 5.23).
+FAMILIES = {
+    "llama": GROUPED | dict(model_type="llama"),
+    "llama-tied": GROUPED | dict(model_type="llama", tie_word_embeddings=True),
+    "qwen2": GROUPED | dict(model_type="qwen2"),
+    "gemma3": GROUPED | dict(model_type="gemma3_text", head_dim=8, sliding_window=8, layer_types=MIXED),
+    "gpt2": dict(model_type="gpt2", vocab_size=VOCAB_SIZE, n_embd=32, n_layer=N_LAYERS, n_head=4, n_positions=64,
+                 bos_token_id=1, eos_token_id=2),
+    "mistral": GROUPED | dict(model_type="mistral", sliding_window=8),
+    "gpt-neox": SIZES | dict(model_type="gpt_neox"),
+    "phi3": GROUPED | dict(model_type="phi3"),
+    "olmo2": GROUPED | dict(model_type="olmo2"),
+    "falcon": SIZES | dict(model_type="falcon"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests last: a mistake shows before the real model is loaded."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """A test that asks for this runs once per family."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """Function: family name (and changes to its config) -> random model in eval mode, the same on every call.
+
+    Weights are large, norms and biases random too, so that every layer changes the logits by much: a neighbour
+    removed instead, a bias forgotten or a norm too many does not pass unseen.
+    """
+    def make(name: str, **changes):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(FAMILIES[name] | changes))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn_like(parameter) * 0.2
+                parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+        return model
+    return make
+
+
+@pytest.fixture
+def tiny(make_tiny, family):
+    """A fresh tiny random model of the family at hand."""
+    return make_tiny(family)
+
+
+@pytest.fixture
+def llama(make_tiny):
+    """A fresh tiny random model of the commonest family."""
+    return make_tiny("llama")
+
+
+@pytest.fixture
+def blocks() -> torch.Tensor:
+    """Random token ids [5, 20], none of them special; longer than the sliding windows."""
+    return torch.randint(3, VOCAB_SIZE, (5, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 97 words: `w3` is token 3."""
+    special = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    core = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, VOCAB_SIZE)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
