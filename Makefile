@@ -71,21 +71,26 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks
 
 # TQDM_DISABLE: a finished bar tells a reader nothing. Cell timings and widget state stay out of the files as well.
-notebooks: .venv/.installed  ## run every notebook in place at its defaults: regenerates the committed outputs
+notebooks: .venv/.installed  ## run every notebook in place at its defaults: regenerates the committed outputs and figures/
 	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
 	for notebook in notebooks/[0-9]*.ipynb; do \
 	  TQDM_DISABLE=1 IPYTHONDIR="$$ipython" .venv/bin/jupyter nbconvert --to notebook --execute --inplace \
 	    --ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.store_widget_state=False "$$notebook"; \
 	done
+	@.venv/bin/python -c 'from pathlib import Path; from simdiff_utils import results; \
+	  results.publish_figures(results.runs_root(), Path("figures"))'
 
 clean:  ## delete .venv and runs/ with all results (the embedded model and text stay in the user's cache)
 	rm -rf .venv runs .snakemake .pytest_cache .hypothesis build *.egg-info
 	find simdiff_utils tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
+# Made with the oldest Python meant, Debian 12's, since packages drop old patch releases too.
 # torch is written without its build (`+cpu`): the release is fixed, the build is what the machine's index offers.
-lock:  ## rewrite requirements.lock from pyproject.toml at the newest versions
+lock:  ## rewrite requirements.lock from pyproject.toml at the newest versions (PYTHON: a Python 3.11.2)
 	@"$(PYTHON)" -c "$$CHECK_MACHINE" 1
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:3] != (3, 11, 2) and \
+	  "The lock is made with Python 3.11.2, the oldest meant: make lock PYTHON=/usr/bin/python3 on Debian 12.")'
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	"$(PYTHON)" -m venv "$$scratch/venv"; \
 	"$$scratch/venv/bin/pip" install --quiet pip-tools; \
@@ -95,9 +100,9 @@ lock:  ## rewrite requirements.lock from pyproject.toml at the newest versions
 	if grep -Ei '^(nvidia|triton|cuda)' "$$scratch/lock"; then \
 	  echo "These came with a CUDA build of torch: run make lock where pip is offered the CPU build."; exit 1; \
 	fi; \
-	{ echo "# The exact versions of everything, tests included, for Python 3.11 to 3.13. Written by one command: make lock"; \
-	  echo "# It takes the CPU build of torch and the oldest Python. pip adds the few packages that others need at their"; \
-	  echo "# newest: what papermill wants on Python 3.12 only (aiohttp), and CUDA where only that build of torch is offered."; \
+	{ echo "# The exact versions of everything, tests included, for Python 3.11.2 to 3.13. Written by one command: make lock"; \
+	  echo "# pip adds, at their newest, the few packages that a machine needs beyond the one this was made on: aiohttp on"; \
+	  echo "# Python 3.12, which only there papermill asks for, and CUDA where only that build of torch is offered."; \
 	  sed -E -e 's/^(torch==[0-9.]+)\+cpu/\1/' -e '/considered to be unsafe/d' -e '/^$$/d' "$$scratch/lock" | LC_ALL=C sort -f; \
 	} > "$$scratch/requirements.lock"; \
 	cp "$$scratch/requirements.lock" requirements.lock

@@ -123,18 +123,21 @@ except SimDiffError as error:
 
 # Snakemake's own words on each job, and on a failed one, say less than the notebook's heading, bars and sentence.
 logger.addFilter(lambda record: not str(record.msg).startswith(
-    ("Building DAG", "Using shell", "Select jobs", "Execute ", "RuleException", "Trying to restart", "Shutting down",
-     "Exiting because", "Complete log", "WorkflowError:\nAt least one job did not complete")))
+    ("Building DAG", "Using shell", "Select jobs", "Execute ", "RuleException", "Shutting down", "Exiting because",
+     "Complete log", "WorkflowError:\nAt least one job did not complete")))
 
 # Notebooks never run beside each other: each uses every core, and 05 measures time.
 # The bars of the notebook's cells go to the terminal as they are; papermill's own words are kept for `onerror`.
-# An error in a cell would only come again, so the one retry is left to kernels that died or never started.
+# An error in a cell would only come again, so the one retry is left to kernels that died or never started; it is not
+# Snakemake's `retries`, which deletes the executed notebook of the first try.
 RUN = """
-[[ {resources.attempt} == 1 ]] || ! grep -q PapermillExecutionError {params.words:q} || exit 1
-IPYTHONDIR=$(mktemp -d); export IPYTHONDIR; trap 'rm -rf "$IPYTHONDIR"' EXIT
+IPYTHONDIR=$(mktemp -d); export IPYTHONDIR; trap 'rm -rf "$IPYTHONDIR"' EXIT; trap 'exit 130' INT TERM
+run() {{
+  TQDM_MININTERVAL=1 {sys.executable:q} -m papermill --cwd {NOTEBOOKS:q} --no-progress-bar --stderr-file - \
+    -y {params.parameters:q} {input.notebook:q} {log:q} 2> {params.words:q}
+}}
 echo "== $(basename {log:q} .ipynb) =="
-TQDM_MININTERVAL=1 {sys.executable:q} -m papermill --cwd {NOTEBOOKS:q} --no-progress-bar --stderr-file - \
-  -y {params.parameters:q} {input.notebook:q} {log:q} 2> {params.words:q}
+run || {{ ! grep -q PapermillExecutionError {params.words:q} && echo "once more" && run; }}
 """
 CODE = sorted(str(path) for path in (Path(workflow.basedir) / "simdiff_utils").glob("*.py"))
 
@@ -162,9 +165,6 @@ rule calibration_capture:
     params:
         parameters=parameters,
         words=lambda wildcards, output: str(Path(output[0]).with_suffix(".log")),
-    resources:
-        attempt=lambda wildcards, attempt: attempt,
-    retries: 1
     threads: workflow.cores
     shell:
         RUN

@@ -4,4 +4,9 @@ Data flows one way: text -> capture -> criteria -> alpha -> surgery -> recovery 
 `stages` chains them and remembers what was computed; everything else is usable alone.
 """
 
+import warnings
+
 __version__ = "0.1.0"
+
+# Text bars serve a terminal and a notebook alike; tqdm would ask for ipywidgets in every notebook.
+warnings.filterwarnings("ignore", message="IProgress not found")

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, and their hashes."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -11,7 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from simdiff_utils.settings import SimDiffError
+
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextlib.contextmanager
@@ -40,8 +45,11 @@ def write_whole(target: Path, replace: bool = True) -> Iterator[Path]:
             partial = Path(folder) / target.name
             yield partial
             _move(partial, target, replace, Path(folder) / "older")
-    except OSError as error:
-        raise SimDiffError(f"cannot write {target.name} in {target.parent} ({error.strerror or error}): make room "
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE:
+            raise  # of the body, and not about writing
+        reason = getattr(error, "strerror", None) or error
+        raise SimDiffError(f"cannot write {target.name} in {target.parent} ({reason}): make room "
                            "there, or choose a folder that can be written to (SIMDIFF_RUNS for results, "
                            "SIMDIFF_CACHE for embedded models and text).") from error
 
@@ -50,7 +58,8 @@ def _move(partial: Path, target: Path, replace: bool, older: Path) -> None:
     if target.is_dir():  # a folder that holds files cannot be replaced in one step: move the older one away
         if not replace:
             return
-        os.rename(target, older)
+        with contextlib.suppress(FileNotFoundError):  # a parallel run moved it away first
+            os.rename(target, older)
     try:
         os.replace(partial, target)
     except OSError:

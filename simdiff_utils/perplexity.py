@@ -45,6 +45,11 @@ def perplexity(losses: np.ndarray) -> float:
     return float(np.exp(np.mean(losses)))
 
 
+def round_to_two_digits(value: float) -> str:
+    """Two significant digits in plain decimals (1234 -> 1200): what survives another processor's rounding."""
+    return f"{float(f'{value:.2g}'):,g}"
+
+
 def check_perplexity_ratio(pruned: float, dense: float, max_ratio: float) -> None:
     """Refuse a pruned model whose perplexity is more than `max_ratio` times the dense one's; 0 lets all pass."""
     if max_ratio and pruned / dense > max_ratio:

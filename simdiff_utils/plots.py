@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from simdiff_utils.capture import STATISTICS, LayerStatistics
 from simdiff_utils.criteria import fuse, normalise_difference, normalise_similarity
@@ -27,7 +27,7 @@ _COLOUR_OF = {"cosine_distance": "cosine", "mssd": "mssd", "masd": "masd"}
 def use_style() -> None:
     """The look of every picture in the workbook."""
     sns.set_theme(context="notebook", style="ticks", rc={
-        "figure.figsize": (9, 3.6), "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True,
+        "figure.figsize": (9, 3.6), "figure.dpi": 72, "figure.constrained_layout.use": True, "axes.grid": True,
         "grid.color": "#e6e6e6", "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium",
         "legend.frameon": False, "savefig.facecolor": "white"})
 
@@ -89,8 +89,12 @@ def plot_importance(table: pd.DataFrame, criterion: str, alphas: list[float]) ->
     return figure
 
 
-def plot_probes(probes: pd.DataFrame, criterion: str, n_remove: int) -> Figure:
-    """Perplexity at every alpha that the ternary search tried; hollow where the set had been seen before."""
+def plot_probes(probes: pd.DataFrame, criterion: str, n_remove: int, at_zero: float) -> Figure:
+    """Perplexity at every alpha that the ternary search tried; hollow where the set had been seen before.
+
+    Args:
+        at_zero: perplexity at alpha 0 (cosine distance alone), a dashed line.
+    """
     figure, axis = plt.subplots()
     for repeated, group in probes.groupby("repeated"):
         axis.plot(group["alpha"], group["perplexity"], MARKERS[criterion], ms=9, color=COLOURS[criterion],
@@ -100,10 +104,13 @@ def plot_probes(probes: pd.DataFrame, criterion: str, n_remove: int) -> Figure:
         if step < 6:
             axis.annotate(str(step + 1), (alpha, value), textcoords="offset points", xytext=(0, 9), ha="center",
                           fontsize=9)
-    axis.set(xlabel="α (0: direction alone, 1: magnitude alone)", ylabel="validation perplexity", xlim=(-0.03, 1.03),
+    axis.axhline(at_zero, ls="--", color=COLOURS["cosine"], label=f"α = 0, cosine: {at_zero:.1f}")
+    axis.set(xlabel="α (0: direction alone, 1: magnitude alone)", ylabel="validation perplexity (log scale)",
+             xlim=(-0.03, 1.03), yscale="log",
              title=f"{NAMES[criterion]}, {n_remove} layers removed: {len(probes)} probes, "
                    f"{int((~probes['repeated']).sum())} sets")
     axis.margins(y=0.2)
+    _plain_log_axis(axis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -131,7 +138,8 @@ def plot_comparison(table: pd.DataFrame, dense: float, n_blocks: int) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 4))
     for criterion, group in table.groupby("criterion", sort=False):
         axis.plot(group["n_remove"], group["test_perplexity"], marker=MARKERS[criterion], ls=DASHES[criterion],
-                  ms=7, alpha=0.9, color=COLOURS[criterion], label=NAMES[criterion])
+                  ms=12 if criterion == "cosine" else 7, mfc="white" if criterion == "cosine" else None,
+                  color=COLOURS[criterion], label=NAMES[criterion])
     axis.axhline(dense, color=COLOURS["dense"], lw=1.2, ls=":", label=f"dense, {dense:.1f}")
     axis.set(xlabel="layers removed", ylabel="test perplexity (log scale)", yscale="log",
              title=f"Perplexity on {n_blocks} blocks of the test split")
@@ -166,7 +174,7 @@ def plot_recovery(perplexities: dict[str, float]) -> Figure:
 
 
 def plot_speed(measurements: pd.DataFrame, ideal: float) -> Figure:
-    """Tokens per second of every repeat, prefill and decode beside each other, with the speed the bound allows."""
+    """Tokens per second of every repeat of prefill and of decode; dashed, what the weights allow decode."""
     phases = list(dict.fromkeys(measurements["phase"]))
     figure, axes = plt.subplots(1, len(phases), figsize=(10, 3.2), squeeze=False)
     for axis, phase in zip(axes[0], phases, strict=True):
@@ -176,8 +184,9 @@ def plot_speed(measurements: pd.DataFrame, ideal: float) -> Figure:
             values = part.loc[part["model"] == name, "tokens_per_s"]
             axis.barh(y, median, color=COLOURS[name], alpha=0.35, height=0.6)
             axis.plot(values, np.full(len(values), y), MARKERS[name], color=COLOURS[name], ms=6, mfc="white")
-        axis.axvline(medians.iloc[0] * ideal, color="#333333", ls="--", lw=1.2)
-        axis.text(medians.iloc[0] * ideal, -0.62, f"ideal ×{ideal:.2f}", ha="center", fontsize=9)
+        if phase == "decode":  # prefill is bound by arithmetic, not by the weights read
+            axis.axvline(medians.iloc[0] * ideal, color="#333333", ls="--", lw=1.2)
+            axis.text(medians.iloc[0] * ideal, -0.6, f" ideal ×{ideal:.2f}", fontsize=9)
         axis.set(title=phase, xlabel="tokens per second", yticks=range(len(medians)), yticklabels=list(medians.index),
                  ylim=(len(medians) - 0.5, -0.8), xlim=(0, None))
         axis.grid(axis="y", visible=False)
@@ -190,8 +199,6 @@ def _layer_axis(axis: Axes) -> None:
 
 
 def _plain_log_axis(axis: Axes) -> None:
-    formatter = ScalarFormatter()
-    formatter.set_scientific(False)
-    axis.yaxis.set_major_formatter(formatter)
-    axis.yaxis.set_minor_formatter(formatter)
-    axis.tick_params(axis="y", which="minor", labelsize="small")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -8,6 +8,7 @@ import gzip
 import json
 import random
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,13 +143,16 @@ def pad_rows(rows: list[dict], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of unequal length as one batch, filled up on the right; every real token is a label, padding never.
 
     Returns:
-        input_ids, attention_mask and labels, int64 [batch, longest]; labels are -100 where padded.
+        input_ids, attention_mask and labels, int64 [batch, longest]; labels are -100 where padded, and at
+        position 0, which nothing predicts (the Trainer's count of targets would take it in for some models).
     """
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     fill = torch.nn.utils.rnn.pad_sequence
     mask = fill([torch.ones_like(row) for row in ids], batch_first=True)
     input_ids = fill(ids, batch_first=True, padding_value=pad_token_id)
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
@@ -213,11 +217,14 @@ def train_lora(model: PreTrainedModel, tokenizer, train_dataset: list[dict], eva
         raise SimDiffError(f"LoRA trains in float32 or bfloat16, got {dtype}: small gradients vanish in float16.")
     set_seed(seed)
     use_cache = model.config.use_cache  # the Trainer switches it off in the config, which is exported later
-    peft_model = get_peft_model(model, lora_config(model, recipe))
+    with warnings.catch_warnings():  # PEFT asks for an attribute that transformers 5 has renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        peft_model = get_peft_model(model, lora_config(model, recipe))
     log = _LossLog()
     evaluations = {}
     try:
-        trainer = _make_trainer(peft_model, tokenizer, train_dataset, eval_dataset, recipe, output_dir, dtype, seed, log)
+        trainer = _make_trainer(peft_model, tokenizer, train_dataset, eval_dataset, recipe, output_dir, dtype, seed,
+                                log)
         if eval_dataset:
             evaluations[0] = trainer.evaluate()["eval_loss"]
         trainer.train()

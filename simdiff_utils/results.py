@@ -1,6 +1,7 @@
 """Results: where runs lie, provenance, and the closing summary."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -49,7 +50,8 @@ def _git_revision() -> str | None:
     git = shutil.which("git")
     if not git:
         return None
-    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=repository_root(), capture_output=True, text=True)
+    done = subprocess.run([git, "rev-parse", "--verify", "--quiet", "HEAD"], cwd=repository_root(),
+                          capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
@@ -64,8 +66,8 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-def summarise(root: Path) -> str:
-    """What the newest run made, in words: per notebook its headline, and where everything lies.
+def newest_results(root: Path) -> dict[str, Path]:
+    """Folder of the newest result of each notebook, for the model that ran last; {notebook: folder}.
 
     Raises:
         SimDiffError: no notebook has finished under `root`.
@@ -74,18 +76,38 @@ def summarise(root: Path) -> str:
     if not finished:
         raise SimDiffError(f"no notebook has finished under {root}; run `make workbook` first.")
     model_folder = finished[-1].parent.parent
-    newest = {read_json(path)["notebook"]: path for path in finished if path.parent.parent == model_folder}
-    lines = [f"Results in {model_folder}"]
-    for notebook, path in sorted(newest.items()):
-        result = read_json(path)
+    newest = {read_json(path)["notebook"]: path.parent for path in finished if path.parent.parent == model_folder}
+    return dict(sorted(newest.items()))
+
+
+def summarise(root: Path) -> str:
+    """What the newest run made, in words: per notebook its headline, and where everything lies."""
+    newest = newest_results(root)
+    lines = [f"Results in {next(iter(newest.values())).parent}"]
+    for notebook, folder in newest.items():
+        result = read_json(folder / "result.json")
         lines.append(f"\n{notebook}  ({result['seconds']:.0f} s, peak memory {result['peak_memory_gib']:.1f} GiB)")
         lines += [f"  {name}: {value}" for name, value in result["headline"].items()]
-        lines += [f"  {kind}: {', '.join(str(file) for file in sorted(path.parent.glob(pattern)))}"
-                  for kind, pattern in (("tables", "*.csv"), ("figures", "*.png")) if any(path.parent.glob(pattern))]
+        files = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".png")]
+        lines.append(f"  tables and figures in {folder}: {', '.join(files)}")
     executed = sorted((root / "batch").glob("*/executed/*.ipynb"), key=lambda path: path.stat().st_mtime)
     if executed:
         lines.append(f"\nexecuted notebooks: {executed[-1].parent}")
     return "\n".join(lines)
+
+
+def publish_figures(root: Path, target: Path) -> None:
+    """Copy the newest results' figures to `target`, each with its numbers as CSV under the settings that made them."""
+    for notebook, folder in newest_results(root).items():
+        result = read_json(folder / "result.json")
+        facts = {"notebook": notebook, **{name: result["origin"][name] for name in ("model", "text", "machine")},
+                 "settings": {name: value for name, value in result["settings"].items() if name != "result_file"}}
+        head = "".join(f"# {name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in facts.items())
+        for picture in sorted(folder.glob("*.png")):
+            numbers = picture.with_suffix(".csv")
+            if numbers.exists():
+                shutil.copy(picture, target / picture.name)
+                (target / numbers.name).write_text(head + numbers.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ class Settings:
     criterion: str = "mssd"
     alpha: float | str = "auto"
     n_remove_grid: list[int] = field(default_factory=lambda: [3, 6, 8, 9, 12])
-    n_validation: int = 8
-    eps: float = 0.01
+    n_validation: int = 4
+    eps: float = 0.05
     max_iterations: int = 50
     # pruning, reported on the test split
     n_remove: int = 6
-    n_test: int = 16
+    n_test: int = 8
     max_perplexity_ratio: float = 0.0
     prompt: str = "Albert Einstein was a physicist who"
     # recovery
@@ -59,20 +59,24 @@ class Settings:
     speed_batch_size: int = 1
     prefill_len: int = 512
     prompt_len: int = 4
-    n_new_tokens: int = 48
+    n_new_tokens: int = 32
     n_repeats: int = 5
     # batch runs: where the last cell writes its proof of success ("" = nowhere)
     result_file: str = ""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _check_type(f.name, getattr(self, f.name), f.type)
+            value = getattr(self, f.name)
+            _check_type(f.name, value, f.type)
+            if type(value) is int and f.type is not int:  # 1 and 1.0 are one setting and must hash alike
+                object.__setattr__(self, f.name, float(value))
         for name in ("n_samples", "n_validation", "n_test", "batch_size", "n_remove", "max_iterations",
                      "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         _require(self.seq_len >= 2, f"seq_len must be at least 2 tokens, got {self.seq_len}.")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
-        _require(self.eps > 0, f"eps must be above 0, got {self.eps}.")
+        _require(0 < self.eps < 1, f"eps must lie between 0 and 1, got {self.eps}.")
+        _require(self.prompt.strip(), f"prompt must hold a word to start from, got {self.prompt!r}.")
         _require(self.n_remove_grid and all(type(k) is int and k >= 1 for k in self.n_remove_grid),
                  f"n_remove_grid must be a list of whole numbers of at least 1, got {self.n_remove_grid}.")
         if isinstance(self.alpha, str):
@@ -109,6 +113,7 @@ def from_notebook(namespace: dict) -> Settings:
             the wrong type or out of range.
     """
     declared, injected = _declared_and_injected(namespace.get("In", []))
+    _require(declared, "no parameters cell was run: each of its lines must read `name: type = value`.")
     unknown = sorted(injected - declared)
     _require(not unknown, f"unknown parameter {', '.join(unknown)}; "
                           f"this notebook declares {', '.join(sorted(declared))}.")
@@ -119,7 +124,7 @@ def from_notebook(namespace: dict) -> Settings:
 
 
 def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
-    """Names of the annotated literals run so far, and of the assignments papermill injected.
+    """Names in the parameters cell run last, and in what papermill injected after it.
 
     Read from the kernel's input history, so that running the cells again, in any order, gives the same answer.
     """
@@ -130,8 +135,8 @@ def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
             body = ast.parse(cell).body
         except SyntaxError:
             continue
-        if body and all(isinstance(node, ast.AnnAssign) for node in body):
-            declared |= {node.target.id for node in body}
+        if body and all(isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) for node in body):
+            declared, injected = {node.target.id for node in body}, set()
         elif cell.lstrip().startswith("# Parameters"):  # the comment papermill puts on the cell it injects
             injected |= {target.id for node in body if isinstance(node, ast.Assign) for target in node.targets}
     return declared, injected

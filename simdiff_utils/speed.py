@@ -114,7 +114,8 @@ def measure_speed(models: dict[str, PreTrainedModel], *, batch_size: int, prefil
                 seconds = _time_once(models[name], tokens[:, :prefill_len], tokens[:, :prompt_len], n_new_tokens)
                 counts = {"prefill": batch_size * prefill_len, "decode": batch_size * n_new_tokens}
                 rows += [{"model": name, "phase": phase, "repeat": repeat, "seconds": seconds[phase],
-                          "tokens": n, "tokens_per_s": n / seconds[phase]} for phase, n in counts.items() if repeat >= 0]
+                          "tokens": n, "tokens_per_s": n / seconds[phase]}
+                         for phase, n in counts.items() if repeat >= 0]
                 bar.update()
     return pd.DataFrame(rows)
 

@@ -7,6 +7,7 @@ of this package's code. Changing the number of layers to remove reuses the captu
 import functools
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -44,6 +45,7 @@ class Run:
         settings: as the notebook gave them.
         checkpoint: the dense model's folder, label and hash.
         n_layers: of the dense model.
+        grid: the numbers of layers to compare.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,7 +54,10 @@ class Run:
         self.checkpoint = resolve_checkpoint(settings.model)
         config = AutoConfig.from_pretrained(self.checkpoint.folder).get_text_config()
         self.n_layers: int = config.num_hidden_layers
-        for n_remove in (settings.n_remove, *settings.n_remove_grid):
+        self.grid = settings.n_remove_grid
+        if self.grid == Settings().n_remove_grid:  # nobody asked for these: keep what fits the model
+            self.grid = [n_remove for n_remove in self.grid if n_remove < self.n_layers]
+        for n_remove in (settings.n_remove, *self.grid):
             check_n_remove(n_remove, self.n_layers)
         context = getattr(config, "max_position_embeddings", None)
         if context and settings.seq_len > context:
@@ -200,8 +205,10 @@ class Run:
             sizes = {"batch_size": s.speed_batch_size, "prefill_len": s.prefill_len, "prompt_len": s.prompt_len,
                      "n_new_tokens": s.n_new_tokens}
             dtype = pick_dtype(s.speed_dtype)
-            memory = {name: measure_peak_memory(path, dtype, **sizes)
-                      for name, path in tqdm(folders.items(), desc="peak memory", unit="model")}
+            with ThreadPoolExecutor() as pool:  # a process each; side by side, since only memory is asked for
+                waiting = {name: pool.submit(measure_peak_memory, path, dtype, **sizes)
+                           for name, path in folders.items()}
+                memory = {name: job.result() for name, job in tqdm(waiting.items(), desc="peak memory", unit="model")}
             models = {name: load_model(path, s.speed_dtype) for name, path in folders.items()}
             measurements = measure_speed(models, **sizes, n_repeats=s.n_repeats, seed=s.seed)
             measurements.to_csv(folder / "measurements.csv", index=False)

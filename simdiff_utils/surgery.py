@@ -1,7 +1,7 @@
 """Removing layers: in memory for as long as a `with` block lasts, and for good in an exported checkpoint."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -32,13 +32,13 @@ def layers_removed(model: PreTrainedModel, removed: frozenset[int]) -> Iterator[
         raise SimDiffError(f"cannot remove layers {sorted(removed)} of a model with layers 0 to {n_layers - 1}; "
                            "name indices in that range and leave one.")
     kept = [i for i in range(n_layers) if i not in removed]
-    restore = [_replace_layers(model, layers, kept), _renumber(layers, kept)]
-    restore += [_cut_config(config, kept) for config in _layered_configs(model, n_layers)]
-    try:
+    with ExitStack() as restore:
+        configs = _layered_configs(model, n_layers)
+        restore.callback(_replace_layers(model, layers, kept))
+        restore.callback(_renumber(layers, kept))
+        for config in configs:
+            restore.callback(_cut_config(config, kept))
         yield model
-    finally:
-        for undo in restore:
-            undo()
 
 
 def _replace_layers(model: PreTrainedModel, layers: nn.ModuleList, kept: list[int]):

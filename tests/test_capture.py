@@ -109,7 +109,8 @@ def test_layers_called_by_keyword_give_the_same(make_tiny, blocks):
     plain = capture_statistics(make_tiny("llama"), blocks, 2)
     model = make_tiny("llama")
     inner = type(models.decoder_layers(model)[0])
-    dress_layers(model, {"__call__": lambda self, states, **kwargs: inner.__call__(self, hidden_states=states, **kwargs)})
+    dress_layers(model, {"__call__": lambda self, states, **kwargs:
+                         inner.__call__(self, hidden_states=states, **kwargs)})
     np.testing.assert_array_equal(capture_statistics(model, blocks, 2).by_position, plain.by_position)
 
 

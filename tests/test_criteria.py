@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from simdiff_utils.criteria import (choose_removed, count_saturated, fuse, measure_tokens, normalise_difference,
-                                    normalise_similarity)
+from simdiff_utils.criteria import (
+    choose_removed,
+    count_saturated,
+    fuse,
+    measure_tokens,
+    normalise_difference,
+    normalise_similarity,
+)
 from simdiff_utils.settings import SimDiffError
 
 settings.register_profile("simdiff", derandomize=True, deadline=None, max_examples=60)

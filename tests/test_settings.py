@@ -42,8 +42,10 @@ def refusal(call, *args, **kwargs) -> str:
     ("n_remove", -1, "n_remove must be at least 1, got -1"),
     ("seq_len", 1, "seq_len must be at least 2 tokens, got 1"),
     ("seed", -1, "seed must be 0 or more, got -1"),
-    ("eps", 0.0, "eps must be above 0, got 0.0"),
-    ("eps", float("nan"), "eps must be above 0"),
+    ("eps", 0.0, "eps must lie between 0 and 1, got 0.0"),
+    ("eps", float("nan"), "eps must lie between 0 and 1"),
+    *[("eps", value, "eps must") for value in (1, 1.5, float("inf"))],
+    ("prompt", "", "prompt must"),
     ("alpha", -0.1, r"alpha must lie in [0, 1], got -0.1"),
     ("alpha", 1.1, r"alpha must lie in [0, 1], got 1.1"),
     ("alpha", float("nan"), r"alpha must lie in [0, 1], got nan"),
@@ -119,10 +121,9 @@ def test_the_key_refuses_names_that_are_no_settings():
         Settings().key(("n_sample",))
 
 
-@pytest.mark.parametrize("as_int, as_float", [({"alpha": 1}, {"alpha": 1.0}), ({"eps": 1}, {"eps": 1.0})])
-def test_the_key_does_not_tell_1_from_1_point_0(as_int, as_float):
-    names = tuple(as_int)
-    assert Settings(**as_int).key(names) == Settings(**as_float).key(names)
+@pytest.mark.parametrize("name, value", [("alpha", 1), ("learning_rate", 0)])
+def test_the_key_does_not_tell_1_from_1_point_0(name, value):
+    assert Settings(**{name: value}).key((name,)) == Settings(**{name: float(value)}).key((name,))
 
 
 # ---- notebooks -------------------------------------------------------------------------------------------------
@@ -181,7 +182,8 @@ def test_declared_names_that_are_no_settings_are_refused():
 
 def test_cells_can_be_run_again_in_any_order():
     injected = inject(n_remove=9)
-    namespace = run_cells(PARAMETERS, injected, SETUP, "%matplotlib inline", "y = (", PARAMETERS, injected, injected, SETUP)
+    again = PARAMETERS, injected, injected, SETUP
+    namespace = run_cells(PARAMETERS, injected, SETUP, "%matplotlib inline", "y = (", *again)
     assert from_notebook(namespace).n_remove == 9
     assert from_notebook(run_cells(injected, PARAMETERS)).n_remove == 6  # the cell that ran last decides
     assert from_notebook(run_cells(PARAMETERS, PARAMETERS.replace("6", "8"))).n_remove == 8  # edited and run again

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simdiff_utils import surgery
-from simdiff_utils.models import decoder_layers, load_model
+from simdiff_utils.models import checkpoint_folder, decoder_layers, load_model, load_tokenizer
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.surgery import export_pruned, layers_removed, verify_reload
 
@@ -236,3 +236,21 @@ def test_an_export_can_be_pruned_and_exported_again(make_tiny, tokenizer, blocks
     twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice").eval()
     expected = build_by_hand(model, {0, 1, 5})
     torch.testing.assert_close(logits_of(twice, blocks), logits_of(expected, blocks), rtol=1e-5, atol=1e-5)
+
+
+# ---- the real model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_without_layers_generates_the_same_with_and_without_cache(tmp_path):
+    folder = checkpoint_folder("embedded:smollm2-135m-instruct")
+    model, tokenizer, removed = load_model(folder, "float32"), load_tokenizer(folder), frozenset({3, 10, 11, 28})
+    export_pruned(model, tokenizer, removed, tmp_path)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"].to(model.device)
+    assert verify_reload(model, removed, tmp_path, tokens) < 1e-3
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert exported.config.num_hidden_layers == 26
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    with layers_removed(model, removed):
+        in_memory = assert_cache_agrees(model, tokens)
+    assert assert_cache_agrees(exported, tokens.cpu()).tolist() == in_memory.tolist()

@@ -1,0 +1,156 @@
+"""The notebooks: what they hold, that their checked cells really check, and batch runs with other parameters.
+
+`make test` has run every notebook under nbval just before; the stages made there are read here (SIMDIFF_RUNS).
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from papermill import inspect_notebook
+
+from simdiff_utils.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHECKED = "nbval-check-output"
+TINY = ["n_samples: 4", "seq_len: 16", "n_validation: 2"]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request) -> Path:
+    return request.param
+
+
+def code_cells(path: Path, tag: str | None = None) -> list:
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if c.cell_type == "code" and (tag is None or tag in c.metadata.get("tags", []))]
+
+
+def run_command(command: list, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], cwd=ROOT, env=os.environ | environment,
+                          capture_output=True, text=True)
+
+
+def test_there_are_five_notebooks():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+
+
+def test_notebook_is_small_and_executed(notebook):
+    cells = code_cells(notebook)
+    assert len(cells) <= 25
+    assert max(cell.source.count("\n") + 1 for cell in cells) <= 25
+    assert all(cell.execution_count for cell in cells), "commit the notebook executed: make notebooks"
+    checked = code_cells(notebook, CHECKED)
+    assert checked and all(cell.outputs for cell in checked), "nbval passes a checked cell without output"
+    metadata = nbformat.read(notebook, as_version=4).metadata
+    assert not {"papermill", "widgets"} & set(metadata)
+    assert notebook.stat().st_size < 400_000
+
+
+def test_notebook_holds_no_path_of_a_machine(notebook):
+    assert not re.search(r"/(home|root|Users|work|tmp)/", notebook.read_text(encoding="utf-8"))
+
+
+def test_parameters_are_settings_with_their_defaults(notebook):
+    (cell,) = code_cells(notebook, "parameters")
+    assert all("  # " in line for line in cell.source.splitlines()), "every parameter has a comment"
+    namespace: dict = {}
+    exec(cell.source, namespace)
+    defaults = dataclasses.asdict(Settings())
+    for name in inspect_notebook(str(notebook)):
+        assert namespace[name] == defaults[name] and type(namespace[name]) is type(defaults[name]), name
+
+
+@pytest.mark.slow
+def test_a_mutated_number_in_a_checked_cell_is_seen(notebook, tmp_path):
+    copy = tmp_path / notebook.name
+    content = nbformat.read(notebook, as_version=4)
+    (cell,) = [c for c in content.cells if CHECKED in c.metadata.get("tags", [])]
+    output = next(o for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+    digits = [match.start() for match in re.finditer(r"\d", output.text)]
+    at = digits[len(digits) // 2]
+    output.text = output.text[:at] + str((int(output.text[at]) + 1) % 10) + output.text[at + 1:]
+    nbformat.write(content, copy)
+    done = run_command([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbval-lax", copy],
+                       TQDM_DISABLE="1")
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert "1 failed" in done.stdout and "mismatch 'stdout'" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory, make_tiny, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "rows.jsonl"
+    rows = [{"text": " ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(80))} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def run_papermill(number: str, tmp_path: Path, *parameters: str, **environment: str) -> subprocess.CompletedProcess:
+    (notebook,) = [path for path in NOTEBOOKS if path.stem.startswith(number)]
+    result = tmp_path / "result.json"
+    words = [word for parameter in (*parameters, f"result_file: '{result}'") for word in ("-y", parameter)]
+    return run_command([sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "--cwd",
+                        notebook.parent, "--no-progress-bar", *words],
+                       SIMDIFF_RUNS=str(tmp_path / "runs"), IPYTHONDIR=str(tmp_path / "ipython"), **environment)
+
+
+@pytest.mark.slow
+def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, tmp_path):
+    """Snakemake, papermill, all five notebooks, a model and a text of the user's own."""
+    settings = dict(n_samples=4, seq_len=16, n_validation=2, n_test=2, n_remove_grid="[1,2]", prefill_len=8,
+                    n_new_tokens=4, n_repeats=2, max_steps=2, learning_rate=0.02, eps=0.2, prompt="w1 w2")
+    done = run_command([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "all", "--config",
+                        f"model={tiny_model}", f"text={tiny_text}", "n_remove=[1,2]", "criterion=[cosine,masd]",
+                        "recovery=true", "speed=true", *(f"{name}={value}" for name, value in settings.items())],
+                       SIMDIFF_RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = sorted(path.name for path in (tmp_path / "runs" / "batch").glob("*/*.json"))
+    assert results == ["01.json", "02.json", *(f"{n}-{c}-{k}.json" for n in ("03", "04", "05")
+                                               for c in ("cosine", "masd") for k in (1, 2))]
+    assert len(list((tmp_path / "runs").glob("*/capture-*"))) == 1, "every K and criterion reads the same capture"
+    summary = run_command([sys.executable, "-m", "simdiff_utils.results", tmp_path / "runs"])
+    assert "pruned test perplexity" in summary.stdout and "speedup" in summary.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "parameter", "sentence"), [
+    ("01", "n_sampels: 8", "unknown parameter n_sampels"),
+    ("01", "n_samples: eight", "n_samples must be a whole number"),
+    ("01", "seq_len: 65", "longer than the context of 64 tokens"),
+    ("01", "model: no/such/thing", "neither a local folder"),
+    ("02", "n_remove_grid: [6]", "n_remove must lie between 1 and 5"),
+    ("03", "max_perplexity_ratio: 0.01", "above max_perplexity_ratio"),
+])
+def test_bad_input_is_one_sentence_and_leaves_nothing(number, parameter, sentence, tiny_model, tiny_text, tmp_path):
+    given = {"model": f"'{tiny_model}'", "text": f"'{tiny_text}'"}
+    if number != "01":
+        given |= {"n_remove_grid": "[1, 2]"}
+    if number == "03":
+        given |= {"n_remove": "2", "n_test": "2"}
+    parameters = [p for p in (*(f"{k}: {v}" for k, v in given.items()), *TINY, parameter)
+                  if p is parameter or p.split(":")[0] != parameter.split(":")[0]]
+    if number == "01":
+        parameters = [p for p in parameters if not p.startswith("n_validation")]
+    done = run_papermill(number, tmp_path, *parameters)
+    assert done.returncode != 0
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert sentence in last and last.startswith("SimDiffError: "), done.stderr[-2000:]
+    assert not (tmp_path / "result.json").exists()
+    assert not list((tmp_path / "runs").glob("*/prune-*"))
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
