@@ -34,14 +34,21 @@ STARTED = time.time()
 
 
 def read_asked():
-    """Config and what `make` was given, as {setting: value}; the words from `make` become numbers where they are."""
+    """Config and what `make` was given, as {setting: value}; words become numbers where the setting is one."""
     asked = dict(config)
-    for name, variable in FROM_MAKE.items():
-        if os.environ.get(variable):
-            asked[name] = os.environ[variable]
-            with contextlib.suppress(KeyError, ValueError):  # Settings has the sentence for what is no number
-                asked[name] = {"n_remove": int, "alpha": float}[name](asked[name])
-    return asked
+    asked |= {name: os.environ[variable] for name, variable in FROM_MAKE.items() if os.environ.get(variable)}
+    types = {field.name: field.type for field in dataclasses.fields(Settings)}
+    return {name: to_number(value, types.get(name)) for name, value in asked.items()}
+
+
+def to_number(value, wanted):
+    """A word, or each word of a list, as the number that the setting's type wants; Settings refuses what is none."""
+    if isinstance(value, list):
+        return [to_number(item, wanted) for item in value]
+    with contextlib.suppress(KeyError, ValueError):
+        if isinstance(value, str):
+            return {int: int, list[int]: int, float: float, float | str: float}[wanted](value)
+    return value
 
 
 def plan(asked):

@@ -57,8 +57,10 @@ class Run:
         self.grid = settings.n_remove_grid
         if self.grid == Settings().n_remove_grid:  # nobody asked for these: keep what fits the model
             self.grid = [n_remove for n_remove in self.grid if n_remove < self.n_layers]
-        for n_remove in (settings.n_remove, *self.grid):
+        for n_remove in self.grid:
             check_n_remove(n_remove, self.n_layers)
+        if settings.n_remove != Settings.n_remove:  # the default is checked where it is used: 01 and 02 have none
+            check_n_remove(settings.n_remove, self.n_layers)
         context = getattr(config, "max_position_embeddings", None)
         if context and settings.seq_len > context:
             raise SimDiffError(f"seq_len = {settings.seq_len} is longer than the context of {context} tokens that "
@@ -160,6 +162,7 @@ class Run:
 
     def removed(self) -> frozenset[int]:
         """The set that `settings.criterion` removes for `settings.n_remove`."""
+        check_n_remove(self.settings.n_remove, self.n_layers)
         return frozenset(self._choose(self.statistics().table(), self.settings.criterion,
                                       self.settings.n_remove)["removed"])
 
