@@ -10,6 +10,9 @@ SHELL := bash
 
 PYTHON ?= python3
 
+# Text bars serve terminal and notebook alike; tqdm would ask for ipywidgets in every notebook.
+export PYTHONWARNINGS := ignore:IProgress not found
+
 # The knobs of `make workbook`. Their values are data: taken literally (a `$` in them is not make's), and handed on
 # in the environment as SIMDIFF_MODEL, SIMDIFF_TEXT ..., where no shell reads them. Only those given are set.
 KNOBS := MODEL TEXT K CRITERION ALPHA DTYPE
@@ -44,7 +47,7 @@ help:  ## show this list
 	@echo
 	@echo "make workbook takes, each optional (the notebooks' own defaults otherwise):"
 	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
-	@echo "  TEXT=       embedded:wikipedia, wikitext2, or a text or JSONL file"
+	@echo "  TEXT=       embedded:wikipedia, wikitext2, a hub data set, or a text or JSONL file"
 	@echo "  K=          how many layers to remove"
 	@echo "  CRITERION=  cosine, mssd or masd"
 	@echo "  ALPHA=      auto, or a number in [0, 1]"

@@ -58,7 +58,7 @@ def plan(asked):
         SimDiffError: an unknown name, a wrong type or value.
     """
     asked = dict(asked)
-    wanted = ["03"] + [number for number, key in (("04", "recovery"), ("05", "speed")) if asked.pop(key, False)]
+    wanted = ["03"] + [number for number, key in (("04", "recovery"), ("05", "speed")) if str(asked.pop(key, False)).lower() == "true"]
     models, criteria, n_removes = (value if isinstance(value := asked.pop(key, getattr(Settings, key)), list) else [value]
                                    for key in ("model", "criterion", "n_remove"))
     unknown = set(asked) - {field.name for field in dataclasses.fields(Settings)}

@@ -42,6 +42,7 @@ PAPER_MODELS = {
     "meta-llama/Llama-2-13b-hf": _LLAMA2 | dict(num_hidden_layers=40, hidden_size=5120, intermediate_size=13824,
                                                 num_attention_heads=40, num_key_value_heads=40),
 }
+_SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -104,7 +105,7 @@ def checkpoint_folder(model: str) -> Path:
 
 def _download(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_CHECKPOINT_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_SECOND_COPIES))
     except hub_errors.GatedRepoError as error:
         raise SimDiffError(f"{hub_id} is gated: accept the licence on its page, then run `hf auth login`.") from error
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
@@ -219,6 +220,7 @@ def generate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
                   n_new_tokens: int = 40) -> str:
     """Greedy continuation with the KV cache, prompt included."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokens = model.generate(**inputs, max_new_tokens=n_new_tokens, do_sample=False,
-                            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+                            pad_token_id=pad_token_id)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)

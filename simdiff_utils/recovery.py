@@ -100,7 +100,7 @@ def alpaca_dataset(source: str, tokenizer, max_length: int, seed: int,
         raise SimDiffError(f"{source} holds {len(texts)} rows; training and validation need at least 2.")
     random.Random(seed).shuffle(texts)
     encoded = []
-    for start in tqdm(range(0, len(texts), 1000), desc="tokenise rows", disable=len(texts) <= 1000):
+    for start in tqdm(range(0, len(texts), 1000), desc="tokenise rows"):
         encoded += tokenizer(texts[start:start + 1000], truncation=True, max_length=max_length)["input_ids"]
     # Some tokenizers append EOS on their own; the published recipe trains without it.
     eos = tokenizer.eos_token_id

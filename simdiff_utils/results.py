@@ -98,6 +98,7 @@ def summarise(root: Path) -> str:
 
 def publish_figures(root: Path, target: Path) -> None:
     """Copy the newest results' figures to `target`, each with its numbers as CSV under the settings that made them."""
+    target.mkdir(exist_ok=True)
     for notebook, folder in newest_results(root).items():
         result = read_json(folder / "result.json")
         facts = {"notebook": notebook, **{name: result["origin"][name] for name in ("model", "text", "machine")},

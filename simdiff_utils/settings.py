@@ -128,6 +128,7 @@ def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
 
     Read from the kernel's input history, so that running the cells again, in any order, gives the same answer.
     """
+    known = {f.name for f in dataclasses.fields(Settings)}
     declared: set[str] = set()
     injected: set[str] = set()
     for cell in cells:
@@ -136,7 +137,9 @@ def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
         except SyntaxError:
             continue
         if body and all(isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) for node in body):
-            declared, injected = {node.target.id for node in body}, set()
+            names = {node.target.id for node in body}
+            if (names & known or not declared) and not names <= declared:  # a cell of the reader's own declares nothing
+                declared, injected = names, set()
         elif cell.lstrip().startswith("# Parameters"):  # the comment papermill puts on the cell it injects
             injected |= {target.id for node in body if isinstance(node, ast.Assign) for target in node.targets}
     return declared, injected

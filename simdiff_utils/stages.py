@@ -55,8 +55,9 @@ class Run:
         config = AutoConfig.from_pretrained(self.checkpoint.folder).get_text_config()
         self.n_layers: int = config.num_hidden_layers
         self.grid = settings.n_remove_grid
-        if self.grid == Settings().n_remove_grid:  # nobody asked for these: keep what fits the model
-            self.grid = [n_remove for n_remove in self.grid if n_remove < self.n_layers]
+        default = set(Settings().n_remove_grid)
+        if default <= set(self.grid):  # nobody asked for the default ones: keep those that fit the model
+            self.grid = [n_remove for n_remove in self.grid if n_remove < self.n_layers or n_remove not in default]
         for n_remove in self.grid:
             check_n_remove(n_remove, self.n_layers)
         if settings.n_remove != Settings.n_remove:  # the default is checked where it is used: 01 and 02 have none

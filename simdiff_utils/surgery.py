@@ -54,7 +54,7 @@ def _renumber(layers: nn.ModuleList, kept: list[int]):
               if isinstance(getattr(module, "layer_idx", None), int)]
     new_idx = {old: new for new, old in enumerate(kept)}
     for module, old in before:
-        module.layer_idx = new_idx[old]
+        module.layer_idx = new_idx.get(old, old)
 
     def undo() -> None:
         for module, old in before:

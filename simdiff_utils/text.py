@@ -88,8 +88,9 @@ def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTenso
     if n_text < 1:
         raise SimDiffError(f"seq_len must be above the {len(prefix)} token(s) this tokenizer prepends, got {seq_len}.")
     joined = "\n\n".join(documents)
+    quiet = {"disable": True} if len(joined) < 500_000 else {}  # False would overrule the user's TQDM_DISABLE
     with tqdm(total=len(joined), desc="tokenise", unit=" characters", unit_scale=True, leave=False,
-              disable=len(joined) < 500_000) as bar:  # one call, so that no document boundary changes a token
+              **quiet) as bar:  # one call, so that no document boundary changes a token
         # verbose=False: no warning that the whole text is longer than the model's context, since blocks are not
         ids = tokenizer(joined, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         bar.update(len(joined))

@@ -186,8 +186,9 @@ def test_merged_weights_are_the_old_ones_plus_scaled_b_a(make_tiny, tokenizer, p
 
 def test_same_seed_same_log_other_seed_another(make_tiny, tokenizer, pattern, tmp_path):
     recipe = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=2, dropout=0.3, max_steps=3)
-    losses = [train(make_tiny("llama"), tokenizer, pattern, tmp_path / str(i), recipe, seed=seed)[1]["loss"][1:].tolist()
-              for i, seed in enumerate((0, 0, 1))]
+    logs = [train(make_tiny("llama"), tokenizer, pattern, tmp_path / str(i), recipe, seed=seed)[1]
+            for i, seed in enumerate((0, 0, 1))]
+    losses = [log["loss"][1:].tolist() for log in logs]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
