@@ -43,7 +43,7 @@ def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
                   color="#555555", label="without position 0")
         axis.set(ylabel=_AXIS[name], yscale="log")
         _layer_axis(axis)
-    axes[1].legend(loc="upper left")
+    axes[2].legend(loc="upper left")
     figure.suptitle(f"{title} · mean over {captured.n_samples} samples of {captured.by_position.shape[2]} tokens")
     return figure
 
