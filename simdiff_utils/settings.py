@@ -112,7 +112,11 @@ def from_notebook(namespace: dict) -> Settings:
         SimDiffError: a name that the notebook does not declare (papermill only logs those), or a value of
             the wrong type or out of range.
     """
-    declared, injected = _declared_and_injected(namespace.get("In", []))
+    history = namespace.get("In", [])
+    if any(history):
+        declared, injected = _declared_and_injected(history)
+    else:  # nbval keeps no history, and injects nothing
+        declared, injected = set(namespace.get("__annotations__", {})), set()
     _require(declared, "no parameters cell was run: each of its lines must read `name: type = value`.")
     unknown = sorted(injected - declared)
     _require(not unknown, f"unknown parameter {', '.join(unknown)}; "

@@ -234,3 +234,10 @@ def test_the_repository_is_found_from_inside_and_the_place_itself_from_outside(t
     assert repository_root(tmp_path) == tmp_path
     (tmp_path / "deep").mkdir()
     assert repository_root(tmp_path / "deep") == tmp_path / "deep"
+
+
+def test_a_kernel_without_history_still_knows_the_parameters():
+    """nbval runs cells with store_history=False: the annotations say what the parameters cell declared."""
+    namespace: dict = {"In": [""]}
+    exec(PARAMETERS, namespace)
+    assert from_notebook(namespace) == from_notebook(run_cells(PARAMETERS))
