@@ -34,7 +34,7 @@ from simdiff_utils.text import Corpus, draw_blocks, load_corpus, token_blocks
 _CAPTURE = ("dtype", "seed", "seq_len", "n_samples")
 _SEARCH = (*_CAPTURE, "n_validation", "alpha", "eps", "max_iterations")
 _PRUNE = (*_SEARCH, "criterion", "n_remove")
-_RECOVERY = (*_PRUNE, "n_test", "prompt", "preset", "train_data", "learning_rate", "max_steps", "train_dtype")
+_RECOVERY = (*_PRUNE, "preset", "train_data", "learning_rate", "max_steps", "train_dtype")
 _SPEED = (*_PRUNE, "speed_dtype", "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats")
 
 
