@@ -1,5 +1,11 @@
 """Calibration capture: one forward pass of the decoder stack, three numbers per layer and position."""
 
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +14,14 @@ import pandas as pd
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from simdiff_utils.criteria import measure_tokens
-from simdiff_utils.models import decoder_layers, decoder_stack
+from simdiff_utils.decoder import Decoder, stream_decoder
+from simdiff_utils.models import load_model, text_config
+from simdiff_utils.results import peak_memory_gib
 from simdiff_utils.settings import SimDiffError
 
+_CHUNK = 160_000  # numbers measured at once: what they take stays in the processor's cache
 STATISTICS = ("cosine_distance", "mssd", "masd")
 
 
@@ -52,46 +60,79 @@ class LayerStatistics:
         return cls(arrays["by_position"], int(arrays["n_samples"]))
 
 
-@torch.inference_mode()
-def capture_statistics(model: torch.nn.Module, blocks: Tensor, batch_size: int = 2) -> LayerStatistics:
+def capture_statistics(decoder: Decoder, blocks: Tensor, batch_size: int = 2) -> LayerStatistics:
     """Measure every layer on calibration text in one pass of the decoder stack (no head).
 
-    Hooks see each layer's own input and output, so the last layer is measured before the final norm. Only sums
-    are kept: memory does not grow with the number of samples.
+    Each layer's own input and output are seen, so the last layer is measured before the final norm. Only sums are
+    kept: in memory, the peak does not grow with the number of samples.
 
     Args:
-        model: a decoder-only model of transformers, in eval mode.
+        decoder: the model, in memory or streamed.
         blocks: token ids [n_samples, seq_len], no padding.
         batch_size: samples per forward pass.
 
     Raises:
         SimDiffError: a hidden state is not finite (names layer and dtype).
     """
-    layers = decoder_layers(model)
-    sums = torch.zeros(len(STATISTICS), len(layers), blocks.shape[1], dtype=torch.float64)
+    sums = torch.zeros(decoder.n_layers, len(STATISTICS), blocks.shape[1], dtype=torch.float64)
 
-    def make_hook(layer_idx: int):
-        def hook(_layer, args: tuple, kwargs: dict, output) -> None:
-            h_in = args[0] if args else kwargs["hidden_states"]
-            h_out = output[0] if isinstance(output, tuple) else output
-            per_token = measure_tokens(h_in, h_out)  # [3, batch, seq]
-            sums[:, layer_idx] += per_token.sum(1, dtype=torch.float64).cpu()
-        return hook
+    def observe(layer_idx: int, h_in: Tensor, h_out: Tensor) -> None:
+        n_tokens = max(32, _CHUNK // h_in.shape[-1])
+        chunks = zip(h_in.flatten(0, 1).split(n_tokens), h_out.flatten(0, 1).split(n_tokens), strict=True)
+        per_token = torch.cat([measure_tokens(*chunk) for chunk in chunks], dim=1)  # [3, batch * seq]
+        summed = per_token.view(len(STATISTICS), *h_in.shape[:2]).sum(1, dtype=torch.float64).cpu()
+        if not torch.isfinite(summed).all():
+            raise SimDiffError(f"layer {layer_idx} gives hidden states that are not finite in {h_out.dtype}; "
+                               'run with dtype="float32", or "bfloat16" where float16 overflows.')
+        sums[layer_idx] += summed
 
-    handles = [layer.register_forward_hook(make_hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        for batch in tqdm(blocks.split(batch_size), desc="capture", unit="batch"):
-            decoder_stack(model)(input_ids=batch.to(model.device), use_cache=False)
-            _refuse_non_finite(sums, model.dtype)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return LayerStatistics((sums / len(blocks)).numpy(), len(blocks))
+    for _ in decoder.run(blocks, batch_size, observe=observe, desc="capture"):
+        pass
+    return LayerStatistics((sums / len(blocks)).transpose(0, 1).contiguous().numpy(), len(blocks))
 
 
-def _refuse_non_finite(sums: Tensor, dtype: torch.dtype) -> None:
-    finite = torch.isfinite(sums).all(dim=-1).all(dim=0)
-    if not finite.all():
-        layer_idx = int((~finite).nonzero()[0])
-        raise SimDiffError(f"layer {layer_idx} gives hidden states that are not finite in {dtype}; "
-                           'run with dtype="float32", or "bfloat16" where float16 overflows.')
+def measure_capture_memory(folder: Path, dtype: str, n_samples: list[int], seq_len: int) -> pd.DataFrame:
+    """Peak resident memory of a capture over the number of samples, in memory and streamed.
+
+    Each way runs in a fresh process of its own, the numbers of samples in rising order; the text is made of random
+    tokens, since memory does not depend on it. Both run at once: only memory is asked for.
+
+    Returns:
+        one row per (way, n_samples): peak_gib (GiB, interpreter, libraries and file pages included), and states_gib,
+        the hidden states that the streamed way keeps of all samples.
+    """
+    def measure(way: str) -> list[dict]:
+        command = [sys.executable, "-m", "simdiff_utils.capture", str(folder), "--dtype", dtype, "--way", way,
+                   "--seq-len", str(seq_len), "--n-samples", *map(str, sorted(n_samples))]
+        quietly = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # one core each: they would fight for two
+        done = subprocess.run(command, capture_output=True, text=True, env=quietly)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}: was it killed for memory?"]
+            raise SimDiffError(f"the {way} capture in a fresh process failed: {said[-1]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor() as pool:
+        return pd.DataFrame([row for rows in pool.map(measure, ("in memory", "streamed")) for row in rows])
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    for name in ("--dtype", "--way"):
+        parser.add_argument(name)
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--n-samples", type=int, nargs="+")
+    given = parser.parse_args()
+    decoder = (stream_decoder(given.folder, given.dtype) if given.way == "streamed" else
+               Decoder(load_model(given.folder, given.dtype)))
+    config, itemsize = text_config(decoder.model), decoder.model.dtype.itemsize
+    rows = []
+    for n_samples in given.n_samples:
+        capture_statistics(decoder, torch.randint(config.vocab_size, (n_samples, given.seq_len)))
+        states = n_samples * given.seq_len * config.hidden_size * itemsize / 2**30 if decoder.streamed else 0.0
+        rows.append({"way": given.way, "n_samples": n_samples, "peak_gib": peak_memory_gib(), "states_gib": states})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    _main()

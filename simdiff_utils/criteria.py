@@ -14,8 +14,8 @@ from simdiff_utils.settings import SimDiffError
 def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:
     """The three measurements of SimDiff for every token of one layer, before averaging.
 
-    Eq. 2, cosine distance 1 - cos(H(i), H(i+1)), computed as half the squared distance of the unit vectors: for
-    nearly parallel states 1 - cos would lose all its digits. It is ShortGPT's Block Influence.
+    Eq. 2, cosine distance 1 - cos(H(i), H(i+1)), computed from the update by the law of cosines: for nearly parallel
+    states 1 - cos would lose all its digits. It is ShortGPT's Block Influence.
     Eq. 3, squared L2 norm over d of the update H(i+1) - H(i) (a sum over d, not a mean).
     Eq. 4, mean over d of the absolute update.
 
@@ -33,10 +33,12 @@ def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:
     if h_in.shape != h_out.shape:
         raise SimDiffError(f"a layer turned states of shape {tuple(h_in.shape)} into {tuple(h_out.shape)}; "
                            "depth pruning needs layers that keep the shape.")
-    h_in, h_out = h_in.float(), h_out.float()
-    update = h_out - h_in
-    turn = torch.nn.functional.normalize(h_out, dim=-1) - torch.nn.functional.normalize(h_in, dim=-1)
-    return torch.stack([turn.square().sum(-1) / 2, update.square().sum(-1), update.abs().mean(-1)])
+    update = h_out.float() - h_in.float()
+    length, before, after = (torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32) for h in (update, h_in, h_out))
+    mssd = length.square()
+    turned = mssd - (after - before).square()  # = 2 |H(i)| |H(i+1)| (1 - cos)
+    cosine_distance = turned.clamp(min=0) / (2 * before * after).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([cosine_distance, mssd, update.abs_().mean(-1)])
 
 
 def normalise_difference(l_diff: np.ndarray) -> np.ndarray:

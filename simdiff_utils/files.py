@@ -67,6 +67,20 @@ def _move(partial: Path, target: Path, replace: bool, older: Path) -> None:
             raise  # else a parallel run was faster: its folder is as good
 
 
+def check_disk(folder: Path, n_bytes: int, what: str) -> None:
+    """Refuse to start writing what the disk cannot hold.
+
+    Args:
+        folder: where to; it need not exist yet.
+        what: for the sentence, such as "the checkpoint".
+    """
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise SimDiffError(f"{what} takes {n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {existing}: "
+                           "make room there.")
+
+
 def write_json(path: Path, data: dict) -> None:
     """Write a JSON file that appears whole or not at all."""
     with write_whole(path) as partial:

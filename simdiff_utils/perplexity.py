@@ -1,43 +1,58 @@
-"""Perplexity of a model, whole or without some of its layers, on equal token blocks."""
+"""Perplexity of a model without each of many sets of layers, on equal token blocks."""
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from simdiff_utils.settings import SimDiffError
-from simdiff_utils.surgery import layers_removed
+from simdiff_utils.decoder import Decoder
+from simdiff_utils.settings import SimDiffError, check_removed
+
+_CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
 
 
 @torch.inference_mode()
-def block_losses(model: torch.nn.Module, blocks: Tensor, removed: frozenset[int] = frozenset(),
+def block_losses(decoder: Decoder, blocks: Tensor, sets: tuple[frozenset[int], ...] = (frozenset(),),
                  batch_size: int = 2) -> np.ndarray:
-    """Mean next-token loss of every block, in nats per token, of the model without a set of layers.
+    """Mean next-token loss of every block, in nats per token, of the model without each set of layers.
+
+    All sets are run in one pass: layers below the first one in which two sets differ are computed once.
 
     Args:
-        model: a causal language model in eval mode; it is whole again afterwards.
+        decoder: the model.
         blocks: token ids [n_blocks, seq_len], no padding.
-        removed: 0-based layer indices; the empty set is the dense model.
-        batch_size: blocks per forward pass; the logits [batch, seq_len, vocabulary] are the peak of memory.
+        sets: 0-based layer indices to leave out; the empty set is the dense model.
+        batch_size: blocks per forward pass.
 
     Returns:
-        float64 [n_blocks]; every block predicts seq_len - 1 tokens.
+        float64 [n_sets, n_blocks]; every block predicts seq_len - 1 tokens.
 
     Raises:
-        SimDiffError: a loss is not finite.
+        SimDiffError: an index is no layer's, no layer would be left, or a loss is not finite.
     """
-    losses = []
-    desc = f"without {len(removed)} layers" if removed else "dense"
-    with layers_removed(model, removed):
-        for batch in tqdm(blocks.split(batch_size), desc=desc, unit="batch", leave=False):
-            batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            for block, block_logits in zip(batch, logits, strict=True):  # [seq], [seq, vocabulary]
-                losses.append(torch.nn.functional.cross_entropy(block_logits[:-1].float(), block[1:]).item())
-    if not np.isfinite(losses).all():
-        raise SimDiffError(f"the model without layers {sorted(removed)} gives a loss that is not finite in "
-                           f'{model.dtype}; run with dtype="float32".')
-    return np.array(losses)
+    for removed in sets:
+        check_removed(removed, decoder.n_layers)
+    losses = {removed: [] for removed in sets}
+    desc = f"{len(losses)} sets" if len(losses) > 1 else "perplexity"
+    for removed, batch, states in decoder.run(blocks, batch_size, tuple(losses), desc=desc):
+        losses[removed] += _mean_losses(decoder, states, batch)
+    for removed, values in losses.items():
+        if not np.isfinite(values).all():
+            raise SimDiffError(f"the model without layers {sorted(removed)} gives a loss that is not finite in "
+                               f'{decoder.model.dtype}; run with dtype="float32".')
+    return np.array([losses[removed] for removed in sets])
+
+
+def _mean_losses(decoder: Decoder, states: Tensor, batch: Tensor) -> list[float]:
+    """Mean loss of each block of a batch; states [batch, seq, d] as the last layer leaves them."""
+    n_predicted = batch.shape[1] - 1
+    total = torch.zeros(len(batch), dtype=torch.float64)
+    for start in range(0, n_predicted, _CHUNK):
+        stop = min(start + _CHUNK, n_predicted)
+        for block, (hidden, tokens) in enumerate(zip(states, batch, strict=True)):
+            logits = decoder.logits(hidden[None, start:stop])[0]
+            total[block] += torch.nn.functional.cross_entropy(logits.float(), tokens[start + 1:stop + 1].to(
+                logits.device), reduction="sum").double().cpu()
+    return (total / n_predicted).tolist()
 
 
 def perplexity(losses: np.ndarray) -> float:

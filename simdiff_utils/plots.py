@@ -48,6 +48,23 @@ def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
     return figure
 
 
+def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
+    """Peak memory of a capture over the number of samples, both ways; dotted: what the kept hidden states predict."""
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    for (way, rows), colour, marker in zip(measured.groupby("way"), ("#0072B2", "#D55E00"), ("s", "o"), strict=True):
+        last = rows.iloc[-1]
+        per_sample = last["states_gib"] / last["n_samples"]
+        reach = np.linspace(last["n_samples"], 32 * last["n_samples"], 50)
+        axis.plot(reach, last["peak_gib"] + per_sample * (reach - last["n_samples"]), ls=":", color=colour)
+        axis.plot(rows["n_samples"], rows["peak_gib"], marker=marker, color=colour, label=f"{way}, measured")
+    axis.plot([], [], ls=":", color="#555555", label="predicted from the states kept")
+    axis.set(xscale="log", xlabel=f"calibration samples of {seq_len} tokens")
+    axis.set(ylabel="peak resident memory, GiB", ylim=0)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    axis.legend(loc="upper left")
+    return figure
+
+
 def plot_positions(captured: LayerStatistics, n_positions: int = 24) -> Figure:
     """MSSD of every layer at the first positions: where its mass sits."""
     mssd = captured.by_position[STATISTICS.index("mssd")]

@@ -33,6 +33,7 @@ class Settings:
     dtype: str = "float32"
     seed: int = 0
     batch_size: int = 2
+    memory_gib: float = 0.0
     # calibration capture
     n_samples: int = 32
     seq_len: int = 256
@@ -48,6 +49,8 @@ class Settings:
     n_test: int = 8
     max_perplexity_ratio: float = 0.0
     prompt: str = "Albert Einstein was a physicist who"
+    export_to: str = ""
+    overwrite: bool = False
     # recovery
     preset: str = "demo"
     train_data: str = "preset"
@@ -87,7 +90,7 @@ class Settings:
                               ("speed_dtype", DTYPES), ("preset", PRESETS)):
             _require(getattr(self, name) in choices,
                      f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        for name in ("max_perplexity_ratio", "learning_rate", "max_steps"):
+        for name in ("max_perplexity_ratio", "learning_rate", "max_steps", "memory_gib"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 (off) or more, got {getattr(self, name)}.")
 
     def key(self, names: tuple[str, ...], **identity: str) -> str:
@@ -100,6 +103,13 @@ def check_n_remove(n_remove: int, n_layers: int) -> None:
     """Refuse a number of layers to remove outside [1, n_layers - 1]."""
     _require(1 <= n_remove < n_layers,
              f"n_remove must lie between 1 and {n_layers - 1} for a model of {n_layers} layers, got {n_remove}.")
+
+
+def check_removed(removed: frozenset[int], n_layers: int) -> None:
+    """Refuse a set of layers to remove that names no layer of the model, or all of them."""
+    _require(removed <= set(range(n_layers)) and len(removed) < n_layers,
+             f"cannot remove layers {sorted(removed)} of a model with layers 0 to {n_layers - 1}; "
+             "name indices in that range and leave one.")
 
 
 def from_notebook(namespace: dict) -> Settings:
@@ -151,9 +161,10 @@ def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
 
 def _check_type(name: str, value: object, annotation: object) -> None:
     words = {int: "a whole number", float: "a number", str: "a text", list[int]: "a list of whole numbers",
-             float | str: "a number or a text"}
+             bool: "true or false", float | str: "a number or a text"}
     ok = {int: type(value) is int, float: type(value) in (int, float), str: isinstance(value, str),
-          list[int]: isinstance(value, list), float | str: type(value) in (int, float, str)}[annotation]
+          list[int]: isinstance(value, list), bool: type(value) is bool,
+          float | str: type(value) in (int, float, str)}[annotation]
     hint = ""
     if annotation is float and isinstance(value, str):
         hint = " (YAML reads 1e-4 as a text: write 1.0e-4 or 0.0001)"

@@ -1,122 +1,78 @@
-"""The chain of a run: each stage is made once for its settings, kept on disk, and read from there ever after.
+"""The chain of a run: each stage is made once for its settings, kept on disk, and read from there ever after."""
 
-A stage's folder carries a hash of the settings that the stage depends on, of the model's weights, of the text and
-of this package's code. Changing the number of layers to remove reuses the capture; nothing stale is ever read.
-"""
-
-import functools
+import contextlib
 import hashlib
-import re
+import math
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from simdiff_utils import results
 from simdiff_utils.alpha import search_ternary
-from simdiff_utils.capture import LayerStatistics, capture_statistics
+from simdiff_utils.capture import LayerStatistics, capture_statistics, measure_capture_memory
 from simdiff_utils.criteria import choose_removed, fuse
-from simdiff_utils.files import read_json, write_json, write_whole
-from simdiff_utils.models import load_model, load_tokenizer, pick_dtype, resolve_checkpoint
+from simdiff_utils.decoder import open_decoder, stream_decoder
+from simdiff_utils.export import export_pruned, export_recovered, refuse_existing, verify_export
+from simdiff_utils.files import check_disk, read_json, write_json, write_whole
+from simdiff_utils.models import load_model, pick_dtype
 from simdiff_utils.perplexity import block_losses, perplexity
 from simdiff_utils.recovery import Recipe, alpaca_dataset, block_dataset, recipe_for, train_lora
-from simdiff_utils.settings import CRITERIA, Settings, SimDiffError, check_n_remove
+from simdiff_utils.results import describe_machine
+from simdiff_utils.runs import RunFolder
+from simdiff_utils.settings import CRITERIA, check_n_remove
 from simdiff_utils.speed import measure_peak_memory, measure_speed, parameters_read_per_token
-from simdiff_utils.surgery import export_pruned, verify_reload
-from simdiff_utils.text import Corpus, draw_blocks, load_corpus, token_blocks
+from simdiff_utils.text import draw_blocks, token_blocks
+from simdiff_utils.weights import weight_files
 
 _CAPTURE = ("dtype", "seed", "seq_len", "n_samples")
 _SEARCH = (*_CAPTURE, "n_validation", "alpha", "eps", "max_iterations")
 _PRUNE = (*_SEARCH, "criterion", "n_remove")
+_EXPORT = (*_PRUNE, "n_test")
 _RECOVERY = (*_PRUNE, "preset", "train_data", "learning_rate", "max_steps", "train_dtype")
 _SPEED = (*_PRUNE, "speed_dtype", "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats")
 
 
-class Run:
-    """One model, one text, one set of settings. Model, tokenizer and text are loaded when first needed.
-
-    Attributes:
-        settings: as the notebook gave them.
-        checkpoint: the dense model's folder, label and hash.
-        n_layers: of the dense model.
-        grid: the numbers of layers to compare.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.started = perf_counter()
-        self.checkpoint = resolve_checkpoint(settings.model)
-        config = AutoConfig.from_pretrained(self.checkpoint.folder).get_text_config()
-        self.n_layers: int = config.num_hidden_layers
-        self.grid = settings.n_remove_grid
-        default = set(Settings().n_remove_grid)
-        if default <= set(self.grid):  # nobody asked for the default ones: keep those that fit the model
-            self.grid = [n_remove for n_remove in self.grid if n_remove < self.n_layers or n_remove not in default]
-        for n_remove in self.grid:
-            check_n_remove(n_remove, self.n_layers)
-        if settings.n_remove != Settings.n_remove:  # the default is checked where it is used: 01 and 02 have none
-            check_n_remove(settings.n_remove, self.n_layers)
-        context = getattr(config, "max_position_embeddings", None)
-        if context and settings.seq_len > context:
-            raise SimDiffError(f"seq_len = {settings.seq_len} is longer than the context of {context} tokens that "
-                               f"{self.checkpoint.label} was built for; lower seq_len.")
-
-    @functools.cached_property
-    def model(self) -> PreTrainedModel:
-        """The dense model in `settings.dtype`."""
-        return load_model(self.checkpoint.folder, self.settings.dtype)
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.checkpoint.folder)
-
-    @functools.cached_property
-    def corpus(self) -> Corpus:
-        """The text with its three splits."""
-        return load_corpus(self.settings.text)
-
-    @functools.cached_property
-    def _tokenised(self) -> dict[str, Tensor]:
-        return {}
-
-    def split_blocks(self, split: str) -> Tensor:
-        """Every block of a split, [n_blocks, seq_len]; tokenised once."""
-        if split not in self._tokenised:
-            documents = self.corpus.documents[split]
-            self._tokenised[split] = token_blocks(self.tokenizer, documents, self.settings.seq_len)
-        return self._tokenised[split]
-
-    def blocks(self, split: str) -> Tensor:
-        """Token ids [n, seq_len]: `train` draws the calibration samples at random, the others are spread evenly."""
-        name = {"train": "n_samples", "validation": "n_validation", "test": "n_test"}[split]
-        seed = self.settings.seed if split == "train" else None
-        return draw_blocks(self.split_blocks(split), getattr(self.settings, name), seed, parameter=name)
-
-    # ---- stages -----------------------------------------------------------------------------------------------
+class Run(RunFolder):
+    """A run with its stages."""
 
     def statistics(self) -> LayerStatistics:
         """Stage capture: what every layer does to the calibration samples."""
         def make(folder: Path) -> dict:
-            captured = capture_statistics(self.model, self.blocks("train"), self.settings.batch_size)
+            captured = capture_statistics(self.decoder, self.blocks("train"), self.settings.batch_size)
             captured.save(folder)
             return {"n_tokens": captured.n_samples * self.settings.seq_len}
         return LayerStatistics.load(self._stage("capture", _CAPTURE, make))
 
+    def capture_memory(self) -> pd.DataFrame:
+        """Stage memory: peak memory of a capture over a few numbers of samples, in memory and streamed."""
+        def make(folder: Path) -> dict:
+            largest = self.settings.n_samples
+            n_samples = sorted({max(1, largest // 16), max(1, largest // 4), largest})
+            measured = measure_capture_memory(self.checkpoint.folder, self.settings.dtype, n_samples,
+                                              self.settings.seq_len)
+            measured.to_csv(folder / "memory.csv", index=False)
+            return {}
+        return pd.read_csv(self._stage("memory", _CAPTURE, make) / "memory.csv")
+
     def losses(self, split: str, removed: frozenset[int] = frozenset()) -> np.ndarray:
-        """Losses per block of a split without a set of layers, float64 [n]; every set is evaluated once, ever."""
+        """Losses per block of a split without a set of layers, float64 [n]."""
+        return self.losses_of(split, [removed])[0]
+
+    def losses_of(self, split: str, sets: list[frozenset[int]]) -> np.ndarray:
+        """Losses of several sets, float64 [n_sets, n]; each is evaluated once, ever, the new ones in one pass."""
         folder = self._folder(f"losses-{split}", ("dtype", "seq_len", f"n_{split}"))
-        path = folder / (("without-" + "-".join(map(str, sorted(removed))) if removed else "dense") + ".json")
-        if not path.exists():
-            losses = block_losses(self.model, self.blocks(split), removed, self.settings.batch_size)
-            write_json(path, {"removed": sorted(removed), "losses": losses.tolist()})
-        return np.array(read_json(path)["losses"])
+        names = {removed: "-".join(["without", *map(str, sorted(removed))]) if removed else "dense" for removed in sets}
+        paths = {removed: folder / f"{name}.json" for removed, name in names.items()}
+        new = tuple(removed for removed, path in paths.items() if not path.exists())
+        if new:
+            losses = block_losses(self.decoder, self.blocks(split), new, self.settings.batch_size)
+            for removed, values in zip(new, losses, strict=True):
+                write_json(paths[removed], {"removed": sorted(removed), "losses": values.tolist()})
+        return np.array([read_json(paths[removed])["losses"] for removed in sets])
 
     def choices(self, grid: list[int]) -> pd.DataFrame:
         """Stage criterion: the set that each criterion removes, for each number of layers in `grid`.
@@ -156,26 +112,72 @@ class Run:
     def compare(self, grid: list[int]) -> pd.DataFrame:
         """The choices with their perplexity on the test split, which chose nothing, and its ratio to dense."""
         table = self.choices(grid)
-        table["test_perplexity"] = [perplexity(self.losses("test", frozenset(removed)))
-                                    for removed in tqdm(table["removed"], desc="test split", unit="set")]
-        table["ratio"] = table["test_perplexity"] / perplexity(self.losses("test"))
+        losses = self.losses_of("test", [frozenset(), *map(frozenset, table["removed"])])
+        table["test_perplexity"] = [perplexity(values) for values in losses[1:]]
+        table["ratio"] = table["test_perplexity"] / perplexity(losses[0])
         return table
+
+    def chosen(self) -> dict:
+        """What `settings.criterion` chooses for `settings.n_remove`: a row of `choices`."""
+        check_n_remove(self.settings.n_remove, self.n_layers)
+        return self._choose(self.statistics().table(), self.settings.criterion, self.settings.n_remove)
 
     def removed(self) -> frozenset[int]:
         """The set that `settings.criterion` removes for `settings.n_remove`."""
+        return frozenset(self.chosen()["removed"])
+
+    def check_room(self) -> None:
+        """Refuse, before any work, an export that the disk cannot hold or that would overwrite something."""
         check_n_remove(self.settings.n_remove, self.n_layers)
-        return frozenset(self._choose(self.statistics().table(), self.settings.criterion,
-                                      self.settings.n_remove)["removed"])
+        if self.settings.export_to:
+            refuse_existing(self._export_target(), self.settings.overwrite)
+        if not self._folder("prune", _EXPORT).exists():
+            dense = sum(file.stat().st_size for file in weight_files(self.checkpoint.folder))
+            check_disk(self.folder, int(dense * (1 - self.settings.n_remove / self.n_layers)), "the pruned checkpoint")
 
     def pruned_checkpoint(self) -> Path:
-        """Stage prune: folder of the exported checkpoint without the chosen layers, reloaded and compared."""
+        """Stage prune: folder of the exported checkpoint without the chosen layers, opened again and compared.
+
+        With `settings.export_to` it stands there, too (the same files, linked where the file system can).
+        """
         def make(folder: Path) -> dict:
             removed = self.removed()
-            export_pruned(self.model, self.tokenizer, removed, folder / "model")
-            difference = verify_reload(self.model, removed, folder / "model", self.blocks("validation")[:1])
+            export_pruned(self.checkpoint.folder, removed, folder / "model", self._pruning_facts())
+            exported = (stream_decoder if self.decoder.streamed else open_decoder)(folder / "model", self.settings.dtype)
+            difference = verify_export(self.decoder, removed, exported, self.blocks("validation")[:1])
             return {"removed": sorted(removed), "kept": sorted(set(range(self.n_layers)) - removed),
                     "reload_difference": difference}
-        return self._stage("prune", _PRUNE, make) / "model"
+        made = self._stage("prune", _EXPORT, make) / "model"
+        if not self.settings.export_to:
+            return made
+        refuse_existing(self._export_target(), self.settings.overwrite)
+        with write_whole(self._export_target()) as partial:
+            shutil.copytree(made, partial, copy_function=_link_or_copy)
+        return self._export_target()
+
+    def _export_target(self) -> Path:
+        return Path(self.settings.export_to).expanduser().absolute()
+
+    def _pruning_facts(self) -> dict:
+        """What `pruning.json` and the model card say of the set chosen; test perplexity chose nothing."""
+        s, chosen, table = self.settings, self.chosen(), self.statistics().table()
+        alpha = None if math.isnan(chosen["alpha"]) else chosen["alpha"]
+        scores = (table["cosine_distance"] if alpha is None else
+                  pd.Series(fuse(table["cosine_distance"].to_numpy(), table[s.criterion].to_numpy(), alpha)))
+        dense, pruned = map(perplexity, self.losses_of("test", [frozenset(), frozenset(chosen["removed"])]))
+        n_tokens = s.n_test * (s.seq_len - 1)
+        calibration = self.blocks("train")
+        return {
+            "model": self.checkpoint.label, "source": self.checkpoint.hub_id or self.checkpoint.folder.name,
+            "hub_id": self.checkpoint.hub_id,
+            "criterion": s.criterion, "alpha": alpha, "scores": scores.tolist(),
+            "statistics": table.to_dict(orient="list"),
+            "calibration": f"{s.n_samples} samples of {s.seq_len} tokens of {self.corpus.label}",
+            "calibration_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+            "text": self.corpus.label, "machine": describe_machine(),
+            "measured": {f"perplexity, dense ({n_tokens:,} test tokens)": round(dense, 2),
+                         f"perplexity, pruned ({n_tokens:,} test tokens)": round(pruned, 2)},
+            "settings": {name: getattr(s, name) for name in _EXPORT}, "origin": self.origin()}
 
     def recovery(self) -> Path:
         """Stage recovery: folder with `model/` (LoRA merged), `adapter/`, `log.csv` and `result.json`."""
@@ -187,7 +189,10 @@ class Run:
             model, log, n_trained = train_lora(model, self.tokenizer, train, held_out, recipe, folder, dtype,
                                                self.settings.seed)
             log.to_csv(folder / "log.csv", index=False)
-            export_pruned(model, self.tokenizer, frozenset(), folder / "model")
+            last = log["eval_loss"].dropna()
+            export_recovered(model, self.pruned_checkpoint(), folder / "model", {
+                "recovery": f"LoRA, {int(log['step'].max())} steps, {dtype}".replace("torch.", ""),
+                "loss on held-out rows, before and after": f"{last.iloc[0]:.3f}, {last.iloc[-1]:.3f} nats per token"})
             return {"n_trained": n_trained, "n_parameters": model.num_parameters(), "n_steps": int(log["step"].max()),
                     "train_seconds": log["seconds"].max(), "dtype": str(dtype).removeprefix("torch.")}
         return self._stage("recovery", _RECOVERY, make)
@@ -220,67 +225,10 @@ class Run:
                     "parameters_read_per_token": {n: parameters_read_per_token(m) for n, m in models.items()}}
         return self._stage("speed", _SPEED, make)
 
-    # ---- where things lie --------------------------------------------------------------------------------------
 
-    @property
-    def folder(self) -> Path:
-        """Folder of everything made from this model."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.checkpoint.label.lower()).strip("-")
-        return results.runs_root() / f"{slug}-{self.checkpoint.sha256[:8]}"
-
-    def _folder(self, stage: str, names: tuple[str, ...]) -> Path:
-        key = self.settings.key(names, model=self.checkpoint.sha256, text=self.corpus.sha256, code=code_digest())
-        return self.folder / f"{stage}-{key}"
-
-    def _stage(self, stage: str, names: tuple[str, ...], make) -> Path:
-        target = self._folder(stage, names)
-        if not target.exists():
-            with write_whole(target, replace=False) as partial:
-                partial.mkdir()
-                started = perf_counter()
-                facts = make(partial)
-                write_json(partial / "result.json", facts | {
-                    "stage": stage, "seconds": round(perf_counter() - started, 1),
-                    "settings": {name: getattr(self.settings, name) for name in names}, "origin": self.origin()})
-        return target
-
-    def origin(self) -> dict:
-        """Provenance of whatever this run writes: model, text, hashes, versions, machine."""
-        return results.provenance() | {
-            "model": self.checkpoint.label, "model_sha256": self.checkpoint.sha256, "n_layers": self.n_layers,
-            "text": self.corpus.label, "text_sha256": self.corpus.sha256, "code_sha256": code_digest()}
-
-    def finish(self, notebook: str, headline: dict, tables: dict[str, pd.DataFrame], figures: dict) -> Path:
-        """Last cell of a notebook: write its tables (CSV), figures (PNG) and `result.json`, whole or not at all.
-
-        Args:
-            notebook: its file name without ending.
-            headline: the few numbers or words that the closing summary shows.
-            tables, figures: name -> data frame, name -> matplotlib figure.
-        """
-        names = tuple(sorted(set(asdict(self.settings)) - {"result_file"}))
-        target = self._folder(notebook, names)
-        with write_whole(target) as partial:
-            partial.mkdir()
-            for name, table in tables.items():
-                table.to_csv(partial / f"{name}.csv", index=False)
-            for name, figure in figures.items():
-                figure.savefig(partial / f"{name}.png", dpi=150, bbox_inches="tight")
-            result = {"notebook": notebook, "headline": headline, "folder": str(target),
-                      "seconds": round(perf_counter() - self.started, 1),
-                      "peak_memory_gib": round(results.peak_memory_gib(), 2),
-                      "settings": {name: getattr(self.settings, name) for name in names}, "origin": self.origin()}
-            write_json(partial / "result.json", result)
-        if self.settings.result_file:
-            write_json(Path(self.settings.result_file), result)
-        return target
-
-
-@functools.cache
-def code_digest() -> str:
-    """Hash of this package's code, so that results of older code are never taken for today's (pictures aside)."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name != "plots.py":
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _link_or_copy(source: str, target: str) -> None:
+    """The weights once on the disk, where the file system can; the rest as copies, which may be edited."""
+    if source.endswith(".safetensors"):
+        with contextlib.suppress(OSError):  # another file system, or one without hard links
+            return os.link(source, target)
+    return shutil.copy2(source, target)

@@ -1,6 +1,8 @@
 """What the tests share: tiny random models of many families, a tiny tokenizer, token ids. No network."""
 
+import copy
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may ask the hub
 
@@ -18,6 +20,8 @@ SIZES = dict(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hi
              num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 GROUPED = SIZES | dict(num_key_value_heads=2)
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+EXPERTS = GROUPED | dict(head_dim=8, num_local_experts=4, num_experts=4, num_experts_per_tok=2,
+                         moe_intermediate_size=16)
 # Each stands for something of its own; falcon's layers return a tuple, all others' a tensor (transformers 5.23).
 FAMILIES = {
     "llama": GROUPED | dict(model_type="llama"),
@@ -31,7 +35,50 @@ FAMILIES = {
     "phi3": GROUPED | dict(model_type="phi3"),
     "olmo2": GROUPED | dict(model_type="olmo2"),
     "falcon": SIZES | dict(model_type="falcon"),
+    "qwen3": GROUPED | dict(model_type="qwen3", head_dim=8),
+    "gemma2": GROUPED | dict(model_type="gemma2", head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
+                             final_logit_softcapping=30.0, layer_types=MIXED),
+    "granite": GROUPED | dict(model_type="granite", residual_multiplier=0.7, logits_scaling=0.5),
+    "cohere2": GROUPED | dict(model_type="cohere2", sliding_window=8, layer_types=MIXED, logit_scale=0.5),
+    "smollm3": GROUPED | dict(model_type="smollm3", no_rope_layers=[1, 1, 0, 1, 0, 1]),
+    "stablelm": GROUPED | dict(model_type="stablelm"),
+    "starcoder2": GROUPED | dict(model_type="starcoder2", sliding_window=8),
+    "opt": dict(model_type="opt", vocab_size=VOCAB_SIZE, hidden_size=32, ffn_dim=48, num_hidden_layers=N_LAYERS,
+                num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16, bos_token_id=1,
+                eos_token_id=2, pad_token_id=0),
+    "gpt-neo": dict(model_type="gpt_neo", vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48,
+                    num_layers=N_LAYERS, num_heads=4, attention_types=[[["global", "local"], 3]], window_size=8,
+                    max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "mixtral": EXPERTS | dict(model_type="mixtral"),
+    "qwen3-moe": EXPERTS | dict(model_type="qwen3_moe", mlp_only_layers=[1, 4], decoder_sparse_step=1),
+    "gpt-oss": EXPERTS | dict(model_type="gpt_oss", sliding_window=8,
+                              layer_types=["sliding_attention", "full_attention"] * 3),
 }
+
+
+SETS = [frozenset(s) for s in ({0}, {5}, {0, 2, 5}, {2, 3, 4})]  # first, last, scattered, contiguous
+
+
+def build_by_hand(model, removed):
+    """A new model of the same class with only the kept layers: config and weights cut here, not by our code."""
+    kept = [i for i in range(N_LAYERS) if i not in removed]
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    for name in ("layer_types", "no_rope_layers", "attention_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[i] for i in kept])
+    if getattr(config, "mlp_only_layers", None):
+        config.mlp_only_layers = [kept.index(i) for i in config.mlp_only_layers if i in kept]
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        found = re.fullmatch(r"(.*\.(?:layers|h)\.)(\d+)(\..*)", name)
+        if not found:
+            weights[name] = tensor
+        elif int(found[2]) in kept:
+            weights[f"{found[1]}{kept.index(int(found[2]))}{found[3]}"] = tensor
+    built = type(model)(config).eval()
+    built.load_state_dict(weights)
+    return built
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,16 +8,22 @@ import pytest
 import torch
 
 from simdiff_utils import capture, models
-from simdiff_utils.capture import STATISTICS, LayerStatistics, capture_statistics
+from simdiff_utils.capture import STATISTICS, LayerStatistics, measure_capture_memory
+from simdiff_utils.checkpoints import checkpoint_folder
+from simdiff_utils.decoder import Decoder, stream_decoder
 from simdiff_utils.settings import SimDiffError, repository_root
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 
 
+def capture_statistics(model, blocks, batch_size=2) -> LayerStatistics:
+    return capture.capture_statistics(Decoder(model), blocks, batch_size)
+
+
 def gather_states(model, blocks, batch_size) -> np.ndarray:
     """H(1)..H(L+1) as [L + 1, samples, seq, d]: what enters each layer, and what enters the final norm."""
-    stack = models.decoder_stack(model)
-    final_norm = next(getattr(stack, name) for name in FINAL_NORMS if hasattr(stack, name))
+    parent, _ = models.layers_path(model)
+    final_norm = next(getattr(parent, name) for name in FINAL_NORMS if hasattr(parent, name))
     places = [*models.decoder_layers(model), final_norm]
     seen = [[] for _ in places]
 
@@ -73,8 +79,8 @@ def test_capture_equals_the_oracle_in_bfloat16(make_tiny, blocks):
 
 
 def test_the_oracle_sees_a_last_layer_measured_after_the_final_norm(tiny, blocks, monkeypatch):
-    stack, n_layers = models.decoder_stack(tiny), len(models.decoder_layers(tiny))
-    final_norm = next(getattr(stack, name) for name in FINAL_NORMS if hasattr(stack, name))
+    parent, n_layers = models.layers_path(tiny)[0], len(models.decoder_layers(tiny))
+    final_norm = next(getattr(parent, name) for name in FINAL_NORMS if hasattr(parent, name))
     original, calls = capture.measure_tokens, []
 
     def mutant(h_in, h_out):
@@ -87,31 +93,6 @@ def test_the_oracle_sees_a_last_layer_measured_after_the_final_norm(tiny, blocks
         assert_equals_oracle(captured, states)
     expected = measure_in_float64(states)  # all other layers are right
     np.testing.assert_allclose(captured.by_position[:, :-1], expected[:, :-1], rtol=1e-5)
-
-
-def dress_layers(model, call) -> None:
-    """Give every layer another way to be called; hooks see what the layer's own forward gets and gives."""
-    for layer in models.decoder_layers(model):
-        layer.__class__ = type("Dressed" + type(layer).__name__, (type(layer),), call)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_layers_returning_a_tuple_give_the_same(make_tiny, name, blocks):
-    plain = capture_statistics(make_tiny(name), blocks, 2)
-    model = make_tiny(name)
-    inner = type(models.decoder_layers(model)[0])
-    dress_layers(model, {"forward": lambda self, *args, **kwargs: (inner.forward(self, *args, **kwargs), "weights"),
-                         "__call__": lambda self, *args, **kwargs: inner.__call__(self, *args, **kwargs)[0]})
-    np.testing.assert_array_equal(capture_statistics(model, blocks, 2).by_position, plain.by_position)
-
-
-def test_layers_called_by_keyword_give_the_same(make_tiny, blocks):
-    plain = capture_statistics(make_tiny("llama"), blocks, 2)
-    model = make_tiny("llama")
-    inner = type(models.decoder_layers(model)[0])
-    dress_layers(model, {"__call__": lambda self, states, **kwargs:
-                         inner.__call__(self, hidden_states=states, **kwargs)})
-    np.testing.assert_array_equal(capture_statistics(model, blocks, 2).by_position, plain.by_position)
 
 
 def test_real_layers_return_both_kinds(make_tiny, blocks):
@@ -167,22 +148,23 @@ def test_memory_is_independent_of_the_number_of_samples(llama, blocks, monkeypat
     assert not any(ref() is not None for ref in alive)
 
 
-def count_hooks(model) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+def test_streamed_capture_is_equal_to_the_last_bit(make_tiny, blocks, tmp_path):
+    for name in ("llama", "gemma3", "falcon"):
+        model = make_tiny(name)
+        model.save_pretrained(tmp_path / name)
+        for room in (float("inf"), 0):
+            streamed = capture.capture_statistics(stream_decoder(tmp_path / name, "float32", room), blocks, 2)
+            np.testing.assert_array_equal(streamed.by_position, capture_statistics(model, blocks, 2).by_position)
 
 
-def test_hooks_are_taken_off(llama, blocks, monkeypatch):
-    capture_statistics(llama, blocks)
-    assert count_hooks(llama) == 0
-
-    def interrupted(h_in, h_out):
-        assert count_hooks(llama) > 0  # the test can see them
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(capture, "measure_tokens", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        capture_statistics(llama, blocks)
-    assert count_hooks(llama) == 0
+@pytest.mark.slow
+def test_peak_memory_is_measured_both_ways(make_tiny, tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path)
+    measured = measure_capture_memory(tmp_path, "float32", [4, 2], 16)
+    assert measured["way"].tolist() == ["in memory"] * 2 + ["streamed"] * 2
+    assert measured["n_samples"].tolist() == [2, 4] * 2
+    assert measured["peak_gib"].between(0.1, 4).all()
+    assert measured["states_gib"].tolist() == [0, 0, 2 * 16 * 32 * 4 / 2**30, 4 * 16 * 32 * 4 / 2**30]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -191,7 +173,6 @@ def test_a_state_that_is_not_finite_names_layer_and_dtype(llama, blocks, bad):
         models.decoder_layers(llama)[3].mlp.down_proj.weight[0, 0] = bad
     with pytest.raises(SimDiffError, match=r"layer 3 .*torch\.float32"):
         capture_statistics(llama, blocks)
-    assert count_hooks(llama) == 0
 
 
 def test_an_overflow_in_float16_names_layer_and_dtype(llama, blocks):
@@ -223,7 +204,7 @@ def test_the_table_has_one_row_per_layer_and_counts_every_position():
 
 @pytest.mark.slow
 def test_capture_equals_the_oracle_on_smollm2():
-    folder = models.checkpoint_folder("embedded:smollm2-135m-instruct")
+    folder = checkpoint_folder("embedded:smollm2-135m-instruct")
     model = models.load_model(folder, "float32").cpu()
     text = (repository_root() / "LICENSE").read_text(encoding="utf-8")  # English prose that every clone has
     blocks = models.load_tokenizer(folder)(text, return_tensors="pt")["input_ids"][0, :3 * 96].view(3, 96)

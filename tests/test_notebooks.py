@@ -128,12 +128,34 @@ def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_export_to_a_folder_of_ones_own(tiny_model, tiny_text, tmp_path):
+    parameters = [f"model: '{tiny_model}'", f"text: '{tiny_text}'", *TINY, "n_remove_grid: [1, 2]", "n_remove: 2",
+                  "n_test: 2", "criterion: masd", "alpha: 0.5", "prompt: w1 w2", f"export_to: '{tmp_path / 'mine'}'"]
+    done = run_papermill("03", tmp_path, *parameters)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pruning = json.loads((tmp_path / "mine" / "pruning.json").read_text())
+    assert len(pruning["removed"]) == 2 and len(pruning["scores"]) == 6 and pruning["alpha"] == 0.5
+    assert pruning["origin"]["versions"]["torch"] and len(pruning["calibration_sha256"]) == 64
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "without 2 of 6 layers" in card and "test tokens" in card and not re.search(r"/(home|root|tmp)/", card)
+    (made,) = (tmp_path / "runs").glob("*/prune-*/model")
+    assert sorted(f.name for f in made.iterdir()) == sorted(f.name for f in (tmp_path / "mine").iterdir())
+    again = run_papermill("03", tmp_path, *parameters)
+    assert again.returncode != 0 and "mine exists already" in again.stderr
+    again = run_papermill("03", tmp_path, *parameters, "overwrite: true")
+    assert again.returncode == 0, again.stderr[-2000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "parameter", "sentence"), [
     ("01", "n_sampels: 8", "unknown parameter n_sampels"),
     ("01", "n_samples: eight", "n_samples must be a whole number"),
     ("01", "seq_len: 65", "longer than the context of 64 tokens"),
     ("01", "model: no/such/thing", "neither a local folder"),
     ("02", "n_remove_grid: [6]", "n_remove must lie between 1 and 5"),
+    ("01", "memory_gib: 0.01", "too little for tiny: streamed layer by layer it needs"),
+    ("01", "model: shape:llama9", "there is no shape 'llama9'"),
+    ("03", "export_to: .", "exists already"),
     ("03", "max_perplexity_ratio: 0.01", "above max_perplexity_ratio"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(number, parameter, sentence, tiny_model, tiny_text, tmp_path):

@@ -80,7 +80,7 @@ def test_good_values_are_taken_as_they_are(name, value):
 
 def test_every_setting_has_a_default_and_none_can_be_changed():
     settings = Settings()
-    assert all(type(getattr(settings, f.name)) in (int, float, str, list) for f in dataclasses.fields(settings))
+    assert all(type(getattr(settings, f.name)) in (int, float, bool, str, list) for f in dataclasses.fields(settings))
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.n_remove = 3
     assert Settings().n_remove_grid is not Settings().n_remove_grid

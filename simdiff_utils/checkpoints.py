@@ -1,0 +1,164 @@
+"""Checkpoints: from the name that a user gives to a folder that plain `transformers` loads."""
+
+import errno
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from simdiff_utils import assets, shapes
+from simdiff_utils.files import hash_file, read_json, write_json, write_whole
+from simdiff_utils.settings import SimDiffError
+
+_SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
+_CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that plain `transformers` loads, with what to call it.
+
+    Attributes:
+        folder: config, safetensors and tokenizer files.
+        label: the name for tables.
+        sha256: of config and weights, so that results of other weights are never taken for these.
+        hub_id: where it is on the hub; None for a local, embedded or made one.
+    """
+
+    folder: Path
+    label: str
+    sha256: str
+    hub_id: str | None = None
+
+
+def resolve_checkpoint(model: str) -> Checkpoint:
+    """Find the checkpoint that a user's name means.
+
+    Args:
+        model: `embedded:NAME` (see `assets.ASSETS`), `shape:NAME` (see `shapes.SHAPES`), a local Hugging Face folder,
+            a local `.gguf` file, or a hub id.
+
+    Raises:
+        SimDiffError: it cannot be found or reached, is no decoder-only model, or has no safetensors.
+    """
+    folder = checkpoint_folder(model)
+    _refuse_unsuitable(folder, model)
+    label, hub_id = model, None
+    if model.startswith("embedded:"):
+        label = assets.ASSETS[model.removeprefix("embedded:")].label
+    elif model.startswith("shape:"):
+        label = f"{model.removeprefix('shape:')} shape (random weights)"
+    elif Path(model).exists():
+        label = Path(model).resolve().name
+    else:
+        hub_id = model
+    return Checkpoint(folder, label, _hash_checkpoint(folder), hub_id)
+
+
+def checkpoint_folder(model: str) -> Path:
+    """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache."""
+    if model.startswith("shape:"):
+        return shapes.shape_folder(model.removeprefix("shape:"))
+    if model.startswith("embedded:"):
+        name = model.removeprefix("embedded:")
+        models = [n for n, asset in assets.ASSETS.items() if asset.filename.endswith(".gguf")]
+        if name not in models:
+            raise SimDiffError(f"there is no embedded model {name!r}; the embedded ones are {', '.join(models)}.")
+        target = assets.cache_dir() / "checkpoints" / name
+        return target if target.exists() else _convert_gguf(assets.fetch(name), target)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([path])[:16]}"
+        return target if target.exists() else _convert_gguf(path, target)
+    if path.suffix == ".gguf":
+        raise SimDiffError(f"there is no file {model}; check the path.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or ".." in model:
+        raise SimDiffError(f"{model!r} is neither a local folder, a .gguf file, an embedded model nor a hub id; "
+                           "check the path, or write the hub id as organisation/name.")
+    return _download(model)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_SECOND_COPIES))
+    except hub_errors.GatedRepoError as error:
+        raise SimDiffError(f"{hub_id} is gated: accept the licence on its page, then run `hf auth login`.") from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+        raise SimDiffError(f"the hub has no model {hub_id}; check the id (a private one needs `hf auth login`)."
+                           ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SimDiffError(f"the disk is too full for {hub_id}: make room where the hub's cache is (HF_HOME moves "
+                               "it).") from error
+        raise _unreachable(hub_id) from error
+    except Exception as error:  # a dozen kinds, of the hub's client and of what is below it; all end the same way
+        raise _unreachable(hub_id) from error
+
+
+def _unreachable(hub_id: str) -> SimDiffError:
+    return SimDiffError(f"{hub_id} cannot be reached on the hub and is not in its cache; offline, name a local "
+                        "folder, a .gguf file or embedded:smollm2-135m-instruct.")
+
+
+def _convert_gguf(gguf: Path, target: Path) -> Path:
+    """Dequantise a GGUF file into a float32 checkpoint folder that appears whole or not at all."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # whatever a damaged file makes the reader stumble over
+        raise SimDiffError(f"{gguf.name} cannot be read as a GGUF model by transformers: {error}") from error
+    # Loaded from GGUF, the model is marked as quantised and refuses to be saved, though its weights are float32.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with write_whole(target, replace=False) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
+
+
+def _refuse_unsuitable(folder: Path, model: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise SimDiffError(f"transformers cannot read the config of {model}: {str(error).splitlines()[0]}") from error
+    names = config.architectures or []
+    if config.is_encoder_decoder or not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise SimDiffError(f"{model} is no decoder-only language model (its architecture is "
+                           f"{', '.join(names) or config.model_type}); name a causal language model.")
+    if not any(folder.glob("*.safetensors")):
+        raise SimDiffError(f"{model} has no .safetensors weights, and pickled ones are not read; "
+                           "convert it with `save_pretrained` on a machine that trusts it.")
+
+
+def _hash_checkpoint(folder: Path) -> str:
+    return _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digests = [_hash_once(path) for path in paths]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _hash_once(path: Path) -> str:
+    """sha256 of a file. A large one takes minutes: the hub's cache names it, and what was found once is kept."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
+        return stored.name
+    state = stored.stat()
+    if state.st_size < 2**30:
+        return hash_file(path)
+    name = hashlib.sha256(f"{stored} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    remembered = assets.cache_dir() / "hashes" / f"{name}.json"
+    if not remembered.exists():
+        write_json(remembered, {"sha256": hash_file(path)})
+    return read_json(remembered)["sha256"]
