@@ -77,7 +77,7 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 notebooks: .venv/.installed  ## run every notebook in place at its defaults: regenerates the committed outputs and figures/
 	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
 	for notebook in notebooks/[0-9]*.ipynb; do \
-	  TQDM_DISABLE=1 IPYTHONDIR="$$ipython" .venv/bin/jupyter nbconvert --to notebook --execute --inplace \
+	  TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 IPYTHONDIR="$$ipython" .venv/bin/jupyter nbconvert --to notebook --execute --inplace \
 	    --ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.store_widget_state=False "$$notebook"; \
 	done

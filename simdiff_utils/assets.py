@@ -139,12 +139,12 @@ def _extract_members(asset: Asset, partial: Path) -> None:
 
 def main() -> None:
     """Fetch and prepare the default model and text, and print where they lie."""
-    from simdiff_utils import models, text  # here, not above: both are built on this module
+    from simdiff_utils import checkpoints, text  # here, not above: both are built on this module
 
     print("text:", fetch("wikipedia"))
     corpus = text.load_corpus("embedded:wikipedia")
     print("      " + ", ".join(f"{len(docs)} articles to {split}" for split, docs in corpus.documents.items()))
-    print("model:", models.checkpoint_folder("embedded:smollm2-135m-instruct"))
+    print("model:", checkpoints.checkpoint_folder("embedded:smollm2-135m-instruct"))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def resolve_checkpoint(model: str) -> Checkpoint:
         label = assets.ASSETS[model.removeprefix("embedded:")].label
     elif model.startswith("shape:"):
         label = f"{model.removeprefix('shape:')} shape (random weights)"
-    elif Path(model).exists():
-        label = Path(model).resolve().name
+    elif Path(model).expanduser().exists():
+        label = Path(model).expanduser().resolve().name
     else:
         hub_id = model
     return Checkpoint(folder, label, _hash_checkpoint(folder), hub_id)
@@ -114,7 +114,8 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # whatever a damaged file makes the reader stumble over
-        raise SimDiffError(f"{gguf.name} cannot be read as a GGUF model by transformers: {error}") from error
+        raise SimDiffError(f"{gguf.name} cannot be read as a GGUF model by transformers: "
+                           f"{' '.join(str(error).split())}") from error
     # Loaded from GGUF, the model is marked as quantised and refuses to be saved, though its weights are float32.
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -129,8 +130,8 @@ def _refuse_unsuitable(folder: Path, model: str) -> None:
         raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise SimDiffError(f"transformers cannot read the config of {model}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what the families' own checks raise has no common kind
+        raise SimDiffError(f"transformers cannot read the config of {model}: {' '.join(str(error).split())}") from error
     names = config.architectures or []
     if config.is_encoder_decoder or not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise SimDiffError(f"{model} is no decoder-only language model (its architecture is "

@@ -185,7 +185,7 @@ class Decoder:
                         before = states.get((prefix, n)).to(batch.device)
                         args, kwargs = calls[n][layer_idx]
                         after = layer(before, *args, **kwargs)
-                        after = after[0] if isinstance(after, (tuple, list)) else after
+                        after = (after[0] if isinstance(after, (tuple, list)) else after).to(before.device)
                         if observe:
                             observe(layer_idx, before, after)
                         states.put((prefix, n), after)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
-from simdiff_utils.models import decoder_layers, layers_path
+from simdiff_utils.models import decoder_layers
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.surgery import keep, plan_cut
 from simdiff_utils.weights import StoredTensor, StoredWeights, skeleton
@@ -74,7 +75,7 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
     n_layers = len(decoder_layers(model))
     kept = keep(removed, n_layers)
     config = plan_cut(model, removed)[0] if removed else model.config
-    stored = StoredWeights(source, layers_path(model)[1], n_layers)
+    stored = StoredWeights(source, model)
     shards = _plan_shards(stored, kept, _tied_copies(model, stored))
     check_disk(target, sum(tensor.end - tensor.start for shard in shards for tensor in shard.values()),
                f"the checkpoint {target.name}")
@@ -133,10 +134,14 @@ def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, to
 
 
 def _tied_copies(model: PreTrainedModel, stored: StoredWeights) -> set[str]:
-    """Tensors that a file holds a second time although the config ties them."""
-    tied = {target for target, origin in getattr(model, "all_tied_weights_keys", {}).items()
-            if any(origin == name or origin.endswith(f".{name}") for name in stored.rest)}
-    return {name for name in stored.rest if name in tied}
+    """Tensors that a file holds a second time although the config ties them: the same bytes under both names."""
+    copies = set()
+    for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
+        if target in stored.rest and origin in stored.rest:
+            pieces = zip(_pieces(stored.tensors[target]), _pieces(stored.tensors[origin]), strict=False)
+            if all(one == other for one, other in pieces):  # else transformers does not tie them either
+                copies.add(target)
+    return copies
 
 
 def _plan_shards(stored: StoredWeights, kept: list[int], left_out: set[str]) -> list[dict[str, StoredTensor]]:
@@ -178,15 +183,21 @@ def _copy_tensors(shard: dict[str, StoredTensor], file: Path) -> None:
     with file.open("wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in shard.values():
-            with tensor.file.open("rb") as source:
-                source.seek(tensor.start)
-                left = tensor.end - tensor.start
-                while left:
-                    piece = source.read(min(left, 1 << 24))
-                    if not piece:
-                        raise SimDiffError(f"{tensor.file.name} ended while it was copied; fetch it again.")
-                    out.write(piece)
-                    left -= len(piece)
+            for piece in _pieces(tensor):
+                out.write(piece)
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[bytes]:
+    """A tensor's bytes, 16 MB at a time."""
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.start)
+        left = tensor.end - tensor.start
+        while left:
+            piece = source.read(min(left, 1 << 24))
+            if not piece:
+                raise SimDiffError(f"{tensor.file.name} ended while it was copied; fetch it again.")
+            yield piece
+            left -= len(piece)
 
 
 def _write_companions(source: Path, folder: Path, facts: dict) -> None:

@@ -39,16 +39,17 @@ def write_whole(target: Path, replace: bool = True) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in target.parent.glob(".partial-*"):  # of a process killed on the way, more than a day ago
             with contextlib.suppress(FileNotFoundError):  # another process may just be done with its own
-                if time.time() - leftover.stat().st_mtime > 86_400:
+                if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > 86_400:
                     shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
             partial = Path(folder) / target.name
             yield partial
             _move(partial, target, replace, Path(folder) / "older")
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE:
+        copying = isinstance(error, shutil.Error)  # of `copytree`: a list of all that went wrong, without an errno
+        if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE and not copying:
             raise  # of the body, and not about writing
-        reason = getattr(error, "strerror", None) or error
+        reason = error.args[0][0][2] if copying else getattr(error, "strerror", None) or error
         raise SimDiffError(f"cannot write {target.name} in {target.parent} ({reason}): make room "
                            "there, or choose a folder that can be written to (SIMDIFF_RUNS for results, "
                            "SIMDIFF_CACHE for embedded models and text).") from error

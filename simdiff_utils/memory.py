@@ -8,7 +8,6 @@ import psutil
 import torch
 from transformers import AutoConfig
 
-from simdiff_utils.models import decoder_layers, layers_path
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.weights import StoredWeights, skeleton
 
@@ -46,7 +45,7 @@ def plan_memory(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: i
     used = 0 if on_gpu else psutil.Process().memory_info().rss
     budget = memory_gib * _GIB or used + _free_memory(on_gpu)
     model = skeleton(AutoConfig.from_pretrained(folder), dtype)
-    stored = StoredWeights(folder, layers_path(model)[1], len(decoder_layers(model)))
+    stored = StoredWeights(folder, model)
     work = _workspace(model.config.get_text_config(), n_tokens)
 
     def n_bytes(names: list[str]) -> int:
@@ -70,12 +69,21 @@ def plan_memory(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: i
 def _free_memory(on_gpu: bool) -> int:
     if on_gpu:
         return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")  # a container or a batch system may allow less than the machine has
+    for limit, current in (("memory.max", "memory.current"),
+                           ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            free = min(free, int((group / limit).read_text()) - int((group / current).read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return max(free, 0)
 
 
 def _workspace(config: object, n_tokens: int) -> int:
     """Bytes of what lives beside weights and kept states: a layer's activations, the logits of some positions."""
     width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner
     activations = n_tokens * (8 * width + 3 * inner)
     logits = 2 * 256 * config.vocab_size
     return 4 * (activations + logits) + _GIB // 8  # float32 at most; the rest for what libraries keep to themselves

@@ -1,9 +1,7 @@
 """The chain of a run: each stage is made once for its settings, kept on disk, and read from there ever after."""
 
-import contextlib
 import hashlib
 import math
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +21,7 @@ from simdiff_utils.perplexity import block_losses, perplexity
 from simdiff_utils.recovery import Recipe, alpaca_dataset, block_dataset, recipe_for, train_lora
 from simdiff_utils.results import describe_machine
 from simdiff_utils.runs import RunFolder
-from simdiff_utils.settings import CRITERIA, check_n_remove
+from simdiff_utils.settings import CRITERIA, SimDiffError, check_n_remove
 from simdiff_utils.speed import measure_peak_memory, measure_speed, parameters_read_per_token
 from simdiff_utils.text import draw_blocks, token_blocks
 from simdiff_utils.weights import weight_files
@@ -129,21 +127,24 @@ class Run(RunFolder):
     def check_room(self) -> None:
         """Refuse, before any work, an export that the disk cannot hold or that would overwrite something."""
         check_n_remove(self.settings.n_remove, self.n_layers)
+        dense = sum(file.stat().st_size for file in weight_files(self.checkpoint.folder))
+        n_bytes = int(dense * (1 - self.settings.n_remove / self.n_layers))
         if self.settings.export_to:
             refuse_existing(self._export_target(), self.settings.overwrite)
+            check_disk(self._export_target(), n_bytes, "the pruned checkpoint")
         if not self._folder("prune", _EXPORT).exists():
-            dense = sum(file.stat().st_size for file in weight_files(self.checkpoint.folder))
-            check_disk(self.folder, int(dense * (1 - self.settings.n_remove / self.n_layers)), "the pruned checkpoint")
+            check_disk(self.folder, n_bytes, "the pruned checkpoint")
 
     def pruned_checkpoint(self) -> Path:
         """Stage prune: folder of the exported checkpoint without the chosen layers, opened again and compared.
 
-        With `settings.export_to` it stands there, too (the same files, linked where the file system can).
+        With `settings.export_to` a copy stands there, too.
         """
         def make(folder: Path) -> dict:
             removed = self.removed()
             export_pruned(self.checkpoint.folder, removed, folder / "model", self._pruning_facts())
-            exported = (stream_decoder if self.decoder.streamed else open_decoder)(folder / "model", self.settings.dtype)
+            tight = self.decoder.streamed or self.settings.memory_gib  # no second model beside the dense one
+            exported = (stream_decoder if tight else open_decoder)(folder / "model", self.settings.dtype)
             difference = verify_export(self.decoder, removed, exported, self.blocks("validation")[:1])
             return {"removed": sorted(removed), "kept": sorted(set(range(self.n_layers)) - removed),
                     "reload_difference": difference}
@@ -152,11 +153,15 @@ class Run(RunFolder):
             return made
         refuse_existing(self._export_target(), self.settings.overwrite)
         with write_whole(self._export_target()) as partial:
-            shutil.copytree(made, partial, copy_function=_link_or_copy)
+            shutil.copytree(made, partial)
         return self._export_target()
 
     def _export_target(self) -> Path:
-        return Path(self.settings.export_to).expanduser().absolute()
+        target, dense = Path(self.settings.export_to).expanduser().resolve(), self.checkpoint.folder.resolve()
+        if target in (dense, *dense.parents):
+            raise SimDiffError(f"export_to = {self.settings.export_to} holds the dense model itself; name a folder of "
+                               "its own.")
+        return target
 
     def _pruning_facts(self) -> dict:
         """What `pruning.json` and the model card say of the set chosen; test perplexity chose nothing."""
@@ -224,11 +229,3 @@ class Run(RunFolder):
             return {"memory": memory, "dtype": str(dtype).removeprefix("torch."),
                     "parameters_read_per_token": {n: parameters_read_per_token(m) for n, m in models.items()}}
         return self._stage("speed", _SPEED, make)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """The weights once on the disk, where the file system can; the rest as copies, which may be edited."""
-    if source.endswith(".safetensors"):
-        with contextlib.suppress(OSError):  # another file system, or one without hard links
-            return os.link(source, target)
-    return shutil.copy2(source, target)

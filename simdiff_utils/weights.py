@@ -1,5 +1,6 @@
 """Weights on disk: where each tensor of a checkpoint lies, and one layer at a time brought into a model and out."""
 
+import copy
 import json
 import os
 import re
@@ -16,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import logging
 
-from simdiff_utils.models import decoder_layers, layers_path, pick_device
+from simdiff_utils.models import decoder_layers, pick_device
 from simdiff_utils.settings import SimDiffError
 
 
@@ -60,30 +61,31 @@ class StoredWeights:
         rest: the names of all others: embeddings, final norm, head.
     """
 
-    def __init__(self, folder: Path, layers_name: str, n_layers: int) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         """Read the headers.
 
         Args:
-            layers_name: what the model calls its list of decoder layers, such as `layers` or `h`.
+            model: of this checkpoint; its weights may be on the meta device.
 
         Raises:
             SimDiffError: a file is damaged, or the tensors' names do not tell the layers apart.
         """
+        layers = decoder_layers(model)
+        path = next(name for name, module in model.named_modules() if module is layers)
         self.tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
-        self._pattern = re.compile(rf"((?:.*?\.)?{re.escape(layers_name)}\.)(\d+)(\..+)")
-        found = {name: match for name in self.tensors if (match := self._pattern.fullmatch(name))}
-        self.layers = [[] for _ in range(n_layers)]
-        self.rest = [name for name in self.tensors if name not in found]
-        for name, match in found.items():
-            if int(match[2]) < n_layers:  # files may hold more, such as a multi-token prediction layer
+        pattern = re.compile(rf"((?:.*?\.)?{re.escape(path.rpartition('.')[2])}\.)(\d+)(\..+)")
+        found = {name: match for name in self.tensors if (match := pattern.fullmatch(name))}
+        prefix = _decoder_prefix([match.groups() for match in found.values()], path, len(layers), folder)
+        self._found = {name: match for name, match in found.items() if match[1] == prefix}
+        self.layers = [[] for _ in layers]
+        self.rest = [name for name in self.tensors if name not in self._found]
+        for name, match in self._found.items():
+            if int(match[2]) < len(layers):  # files may hold more, such as a multi-token prediction layer
                 self.layers[int(match[2])].append(name)
-        if not all(self.layers):
-            raise SimDiffError(f"the weights in {folder.name} do not name {n_layers} layers as "
-                               f"{layers_name}.0 to {layers_name}.{n_layers - 1}; save them with this transformers.")
 
     def rename(self, name: str, new_idx: dict[int, int]) -> str:
         """The tensor's name once its layer has a new index; names outside the layers stay."""
-        match = self._pattern.fullmatch(name)
+        match = self._found.get(name)
         return f"{match[1]}{new_idx[int(match[2])]}{match[3]}" if match else name
 
     def n_parameters(self, names: list[str]) -> int:
@@ -91,8 +93,25 @@ class StoredWeights:
         return sum(prod(self.tensors[name].shape) for name in names)
 
 
+def _decoder_prefix(found: list[tuple[str, str, str]], path: str, n_layers: int, folder: Path) -> str:
+    """What stands before a decoder layer's index. A vision tower has layers too; and a file may leave out or add the
+    first parts of the model's own path to its list of layers."""
+    indices: dict[str, set[int]] = {}
+    for prefix, layer_idx, _ in found:
+        indices.setdefault(prefix, set()).add(int(layer_idx))
+    complete = [prefix for prefix, seen in indices.items() if seen >= set(range(n_layers))]
+    own = [prefix for prefix in complete if f".{path}.".endswith(f".{prefix}") or f".{prefix}".endswith(f".{path}.")]
+    if len(own or complete) != 1:
+        raise SimDiffError(f"the weights in {folder.name} do not tell {n_layers} decoder layers apart by names like "
+                           f"{path}.0; save them with this transformers.")
+    return (own or complete)[0]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint: those of its index, else the only one, else all."""
+    """The safetensors files that make up the checkpoint: the only one, else those of its index, else all."""
+    single = folder / "model.safetensors"
+    if single.is_file():  # which transformers prefers, too, should an index be left from before
+        return [single]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -100,14 +119,14 @@ def weight_files(folder: Path) -> list[Path]:
         if missing:
             raise SimDiffError(f"{folder.name} lacks {missing[0]}, which its index names; fetch it again.")
         return files
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def skeleton(config, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a config without memory for its weights (meta device); buffers are real."""
+    given = {} if dtype is None else {"dtype": dtype}  # None would be written into the config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **given)
     model.tie_weights()  # which the context, giving every name a tensor of its own, has undone
     return model.eval()
 
@@ -128,7 +147,7 @@ class StreamedWeights:
             raise SimDiffError(f"{folder.name} is quantised and cannot be streamed; name an unquantised checkpoint, or "
                                "raise memory_gib so that the whole model fits.")
         self.model = skeleton(config, dtype)
-        self.stored = StoredWeights(folder, layers_path(self.model)[1], len(decoder_layers(self.model)))
+        self.stored = StoredWeights(folder, self.model)
         device = pick_device()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -136,8 +155,8 @@ class StreamedWeights:
         self._config = LoadStateDictConfig(
             dtype=dtype, dtype_plan=self.model._get_dtype_plan(dtype), device_map={"": device},
             weight_mapping=get_model_conversion_mapping(self.model))
-        self._load(self.stored.rest)
-        self.model.tie_weights()
+        loaded = self._load(self.stored.rest)
+        self.model.tie_weights(missing_keys=loaded.missing_keys, recompute_mapping=False)  # as `from_pretrained` does
         layers = {id(p) for layer in decoder_layers(self.model) for p in layer.parameters()}
         missing = [name for name, p in self.model.named_parameters() if p.is_meta and id(p) not in layers]
         if missing:
@@ -161,7 +180,7 @@ class StreamedWeights:
             for module, name, parameter in empty:
                 module._parameters[name] = parameter
 
-    def _load(self, names: list[str]) -> None:
+    def _load(self, names: list[str]) -> LoadStateDictInfo:
         files = {self.stored.tensors[name].file for name in names}
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a bar for every layer says nothing
@@ -169,7 +188,7 @@ class StreamedWeights:
             with ExitStack() as stack:
                 opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
                 state = {name: opened[self.stored.tensors[name].file].get_slice(name) for name in names}
-                convert_and_load_state_dict_in_model(self.model, state, self._config)
+                return convert_and_load_state_dict_in_model(self.model, state, self._config)[0]
         finally:
             if shown:
                 logging.enable_progress_bar()

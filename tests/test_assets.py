@@ -6,10 +6,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from simdiff_utils import assets, files
+from simdiff_utils import assets, checkpoints, files, text
 from simdiff_utils.settings import SimDiffError, repository_root
 
 PARTS = {"one": b"first half, ", "two": b"second half"}
@@ -137,3 +138,12 @@ def test_cache_folder_is_the_users_unless_named(tmp_path, monkeypatch):
 def test_embedded_text_is_the_file_that_was_meant():
     content = assets.fetch("wikipedia").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+
+
+def test_the_command_line_prepares_model_and_text(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr(text, "load_corpus", lambda name: Mock(documents={"train": ["a", "b"]}))
+    monkeypatch.setattr(checkpoints, "checkpoint_folder", lambda name: tmp_path / name)
+    assets.main()
+    said = capsys.readouterr().out
+    assert "2 articles to train" in said and "embedded:smollm2-135m-instruct" in said

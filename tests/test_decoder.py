@@ -192,6 +192,15 @@ def test_the_budget_decides(bare, saved, blocks):
     assert not open_decoder(folder, "float32").streamed  # no budget named: there is room
 
 
+def test_a_container_may_allow_less_than_the_machine_has(monkeypatch):
+    machine = memory._free_memory(False)
+    limits = {"memory.max": "5000", "memory.current": "2000"}
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: limits[path.name] if path.name in limits else "max")
+    assert memory._free_memory(False) == 3000 < machine
+    limits["memory.max"] = "max"
+    assert memory._free_memory(False) > 3000
+
+
 def test_quantised_checkpoints_are_not_streamed(saved, tmp_path):
     folder = shutil.copytree(saved("llama"), tmp_path / "quantised")
     config = json.loads((folder / "config.json").read_text())
@@ -231,10 +240,11 @@ def test_layers_under_accelerates_hooks(name, make_tiny, blocks, tmp_path):
      "reads more of the text"),
     ("rwkv", dict(attention_hidden_size=32), "hand on more than hidden states"),
 ])
-def test_entangled_layers_are_refused_naming_family_and_cause(family, changes, words):
+def test_entangled_layers_are_refused_naming_family_and_cause(family, changes, words, tmp_path):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY | changes)).eval()
+    model.save_pretrained(tmp_path)
     with pytest.raises(SimDiffError, match=words) as error:
-        Decoder(model)
+        open_decoder(tmp_path, "float32")
     assert type(model).__name__ in str(error.value) and "\n" not in str(error.value)
 
 

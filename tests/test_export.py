@@ -1,6 +1,7 @@
 """Exports, reloaded by plain transformers in a fresh process, against models built by hand; many families and sets."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,52 @@ def test_a_tied_matrix_is_stored_once_even_if_the_original_has_it_twice(make_tin
     assert "lm_head.weight" not in stored(tmp_path / "pruned")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+
+
+def test_a_head_that_only_the_config_ties_is_kept(make_tiny, blocks, tmp_path):
+    """The file holds another head: transformers does not tie it, in memory, and so do we, streamed and exported."""
+    make_tiny("llama-tied").save_pretrained(tmp_path / "dense")
+    tensors = stored(tmp_path / "dense")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval(), blocks)
+    decoder = stream_decoder(tmp_path / "dense", "float32")
+    assert torch.equal(next(decoder.logits(states) for _, _, states in decoder.run(blocks, 9)), expected)
+    export_pruned(tmp_path / "dense", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert torch.equal(stored(tmp_path / "pruned")["lm_head.weight"], head)
+
+
+def test_the_layers_of_another_tower_are_left_alone(dense, tmp_path):
+    """As in a vision-language checkpoint, whose vision tower has `layers` too."""
+    shutil.copytree(dense / "llama", tmp_path / "dense")
+    tower = {f"vision_tower.encoder.layers.{i}.fc.weight": torch.full((2, 2), float(i)) for i in range(9)}
+    save_file(stored(dense / "llama") | tower, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    export_pruned(tmp_path / "dense", frozenset({0, 3}), tmp_path / "pruned", FACTS)
+    copies = stored(tmp_path / "pruned")
+    assert all(torch.equal(copies[name], tensor) for name, tensor in tower.items())
+    assert sum("model.layers" in name for name in copies) == 4 * 9
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "language_model.model."])
+def test_files_may_shorten_or_lengthen_the_path_to_the_layers(prefix, dense, make_tiny, tmp_path):
+    shutil.copytree(dense / "llama", tmp_path / "dense")
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in stored(dense / "llama").items()}
+    save_file(renamed, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    found = weights.StoredWeights(tmp_path / "dense", make_tiny("llama"))
+    assert [len(names) for names in found.layers] == [9] * N_LAYERS
+    assert found.rename(f"{prefix}layers.4.mlp.up_proj.weight", {4: 2}) == f"{prefix}layers.2.mlp.up_proj.weight"
+
+
+def test_dtype_survives_and_the_single_file_wins_over_an_old_index(make_tiny, tokenizer, tmp_path):
+    make_tiny("llama").bfloat16().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    export_pruned(tmp_path / "dense", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert read_json(tmp_path / "pruned" / "config.json")["dtype"] == "bfloat16"
+    assert yaml.safe_load((tmp_path / "pruned" / "mergekit.yaml").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").dtype == torch.bfloat16
+    decoder = stream_decoder(tmp_path / "dense", "bfloat16")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert verify_export(decoder, frozenset({1}), stream_decoder(tmp_path / "pruned", "bfloat16"), tokens) == 0
 
 
 # ---- mutants: each must be seen ---------------------------------------------------------------------------------

@@ -71,6 +71,10 @@ def test_a_kill_leaves_nothing_at_the_target(tmp_path):
     assert (tmp_path / "stage" / "number").read_text() == "2" and leftover.exists()
     os.utime(leftover, (0, 0))
     write_number(tmp_path / "other", 3)
+    assert leftover.exists(), "someone may still be writing inside"
+    for path in (leftover, *leftover.rglob("*")):
+        os.utime(path, (0, 0))
+    write_number(tmp_path / "other", 3)
     assert not leftover.exists()
 
 

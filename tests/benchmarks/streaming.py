@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -78,10 +77,10 @@ def arithmetic(folder: Path) -> dict:
             "ten sets": median(times[1:]) * runs + head * len(sets), "layer_runs": runs}
 
 
-def capture(folder: Path, batch_size: int = N_SAMPLES) -> dict:
+def capture(folder: Path) -> dict:
     decoder = open_streamed(folder)
     assert decoder.streamed
-    capture_statistics(decoder, blocks(), batch_size)
+    capture_statistics(decoder, blocks(), N_SAMPLES)
     return {}
 
 
@@ -103,20 +102,18 @@ def export(folder: Path) -> dict:
         shutil.rmtree(target, ignore_errors=True)
 
 
-def accelerate_offload(folder: Path, batch_size: int = N_SAMPLES) -> dict:
+def accelerate_offload(folder: Path) -> dict:
     """The same capture on a model of which accelerate keeps 3 GiB in memory; the rest it reads for every batch."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as offload:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="auto",
                                                      max_memory={"cpu": "3GiB"}, offload_folder=offload)
-        capture_statistics(Decoder(model.eval()), blocks(), batch_size)
+        capture_statistics(Decoder(model.eval()), blocks(), N_SAMPLES)
     return {}
 
 
 _BUFFER = bytearray(1 << 24)
 STEPS = {"read all weights": read, "arithmetic": arithmetic, "capture": capture, "ten sets": ten_sets,
-         "export": export, "capture, accelerate disk offload": accelerate_offload,
-         "capture, batches of 2": partial(capture, batch_size=2),
-         "capture, batches of 2, accelerate disk offload": partial(accelerate_offload, batch_size=2)}
+         "export": export, "capture, accelerate disk offload": accelerate_offload}
 
 
 def run_step(step: str, model: str) -> None:
