@@ -49,7 +49,7 @@ def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
 
 
 def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
-    """Peak memory of a capture over the number of samples, both ways; dotted: what the kept hidden states predict."""
+    """Peak memory of a capture over the number of samples, both ways; dotted: extrapolated by the hidden states kept."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
     for (way, rows), colour, marker in zip(measured.groupby("way"), ("#0072B2", "#D55E00"), ("s", "o"), strict=True):
         last = rows.iloc[-1]
@@ -57,11 +57,11 @@ def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
         reach = np.linspace(last["n_samples"], 32 * last["n_samples"], 50)
         axis.plot(reach, last["peak_gib"] + per_sample * (reach - last["n_samples"]), ls=":", color=colour)
         axis.plot(rows["n_samples"], rows["peak_gib"], marker=marker, color=colour, label=f"{way}, measured")
-    axis.plot([], [], ls=":", color="#555555", label="predicted from the states kept")
+    axis.plot([], [], ls=":", color="#555555", label="extrapolated: only the kept states grow")
     axis.set(xscale="log", xlabel=f"calibration samples of {seq_len} tokens")
     axis.set(ylabel="peak resident memory, GiB", ylim=0)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower right")
     return figure
 
 
