@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -146,17 +148,19 @@ def _hash_checkpoint(folder: Path) -> str:
 
 
 def _hash_files(paths: list[Path]) -> str:
-    digests = [_hash_once(path) for path in paths]
+    with ThreadPoolExecutor() as pool:
+        digests = list(tqdm(pool.map(_hash_once, paths), total=len(paths), desc="hashing weights", unit="file",
+                            delay=2, leave=False))
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _hash_once(path: Path) -> str:
-    """sha256 of a file. A large one takes minutes: the hub's cache names it, and what was found once is kept."""
+    """sha256 of a file. A large one takes long: the hub's cache names it, and what was found once is kept."""
     stored = path.resolve()
     if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
         return stored.name
     state = stored.stat()
-    if state.st_size < 2**30:
+    if state.st_size < 2**26:
         return hash_file(path)
     name = hashlib.sha256(f"{stored} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
     remembered = assets.cache_dir() / "hashes" / f"{name}.json"

@@ -49,7 +49,7 @@ def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
 
 
 def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
-    """Peak memory of a capture over the number of samples, both ways; dotted: extrapolated by the hidden states kept."""
+    """Peak memory of a capture over the number of samples, both ways; dotted: extrapolated by the states kept."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
     for (way, rows), colour, marker in zip(measured.groupby("way"), ("#0072B2", "#D55E00"), ("s", "o"), strict=True):
         last = rows.iloc[-1]
