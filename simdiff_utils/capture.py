@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from torch import Tensor
 from simdiff_utils.criteria import measure_tokens
 from simdiff_utils.decoder import Decoder, stream_decoder
 from simdiff_utils.models import load_model, text_config
-from simdiff_utils.results import peak_memory_gib
+from simdiff_utils.results import peak_memory_gib, run_fresh
 from simdiff_utils.settings import SimDiffError
 
 _CHUNK = 160_000  # numbers measured at once: what they take stays in the processor's cache
@@ -102,14 +99,10 @@ def measure_capture_memory(folder: Path, dtype: str, n_samples: list[int], seq_l
         the hidden states that the streamed way keeps of all samples.
     """
     def measure(way: str) -> list[dict]:
-        command = [sys.executable, "-m", "simdiff_utils.capture", str(folder), "--dtype", dtype, "--way", way,
-                   "--seq-len", str(seq_len), "--n-samples", *map(str, sorted(n_samples))]
-        quietly = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # one core each: they would fight for two
-        done = subprocess.run(command, capture_output=True, text=True, env=quietly)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}: was it killed for memory?"]
-            raise SimDiffError(f"the {way} capture in a fresh process failed: {said[-1]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        arguments = [str(folder.resolve()), "--dtype", dtype, "--way", way, "--seq-len", str(seq_len),
+                     "--n-samples", *map(str, sorted(n_samples))]
+        return run_fresh("simdiff_utils.capture", arguments, f"the {way} capture in a fresh process",
+                         TQDM_DISABLE="1", OMP_NUM_THREADS="1")  # one core each: they would fight for two
 
     with ThreadPoolExecutor() as pool:
         return pd.DataFrame([row for rows in pool.map(measure, ("in memory", "streamed")) for row in rows])

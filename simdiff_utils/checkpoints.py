@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from simdiff_utils import assets, shapes
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils.settings import SimDiffError, one_line
 
 _SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -116,8 +116,7 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # whatever a damaged file makes the reader stumble over
-        raise SimDiffError(f"{gguf.name} cannot be read as a GGUF model by transformers: "
-                           f"{' '.join(str(error).split())}") from error
+        raise SimDiffError(f"{gguf.name} cannot be read as a GGUF model by transformers: {one_line(error)}") from error
     # Loaded from GGUF, the model is marked as quantised and refuses to be saved, though its weights are float32.
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -133,7 +132,7 @@ def _refuse_unsuitable(folder: Path, model: str) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # what the families' own checks raise has no common kind
-        raise SimDiffError(f"transformers cannot read the config of {model}: {' '.join(str(error).split())}") from error
+        raise SimDiffError(f"transformers cannot read the config of {model}: {one_line(error)}") from error
     names = config.architectures or []
     if config.is_encoder_decoder or not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise SimDiffError(f"{model} is no decoder-only language model (its architecture is "

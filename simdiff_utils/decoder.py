@@ -30,7 +30,7 @@ from simdiff_utils.models import (
     pick_dtype,
     text_config,
 )
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils.settings import SimDiffError, one_line
 from simdiff_utils.weights import StreamedWeights
 
 Call = tuple[tuple, dict]  # what a layer is given beside the hidden states
@@ -72,8 +72,7 @@ class Decoder:
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden states [batch, seq, d] that enter layer 0, and how each layer is called; no layer is computed."""
-        seen = []
-        return self._record(input_ids, lambda hidden: seen.append(hidden) or hidden), self._calls
+        return self._record(input_ids, lambda hidden: hidden), self._calls
 
     def layer(self, layer_idx: int) -> AbstractContextManager[nn.Module]:
         """The layer, its weights present for as long as a `with` block lasts."""
@@ -93,7 +92,7 @@ class Decoder:
         with layers_replaced(self.model, self._stubs):
             last = decoder_stack(self.model)(input_ids=input_ids.to(self.device), use_cache=False)[0]
         if len(self._calls) != self.n_layers or any(h.shape != first[0].shape for h in first) or last.dim() != 3:
-            raise _Entangled("a layer is given other states than its neighbour left")
+            raise RuntimeError("a layer is given other states than its neighbour left")
         return first[0]
 
     def _refuse_entangled_layers(self) -> None:
@@ -125,7 +124,7 @@ class Decoder:
                     calls.append(self._calls)
             except Exception as error:  # it takes apart more than a tuple of one
                 raise SimDiffError(f"{family} cannot be pruned by layers: its layers hand on more than hidden states "
-                                   f"({' '.join(str(error).split())}).") from error
+                                   f"({one_line(error)}).") from error
         for layer_idx, (one, other) in enumerate(zip(*calls, strict=True)):
             differing = [path for (path, a), (_, b) in zip(_leaves(one), _leaves(other), strict=True)
                          if isinstance(a, Tensor) and not torch.equal(a, b)]
@@ -200,10 +199,6 @@ class Decoder:
         n_bytes = widest * sum(batch.numel() for batch in wave) * config.hidden_size * self.model.dtype.itemsize
         return _HiddenStates(on_disk=self.streamed and n_bytes > self._states_room, n_bytes=n_bytes,
                              device=torch.device("cpu") if self.streamed else None)
-
-
-class _Entangled(RuntimeError):
-    pass
 
 
 class _Stub(nn.Module):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
 from simdiff_utils.models import decoder_layers
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils.settings import SimDiffError, one_line
 from simdiff_utils.surgery import keep, plan_cut
 from simdiff_utils.weights import StoredTensor, StoredWeights, skeleton
 
@@ -77,7 +77,7 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
     config = plan_cut(model, removed)[0] if removed else model.config
     stored = StoredWeights(source, model)
     shards = _plan_shards(stored, kept, _tied_copies(model, stored))
-    check_disk(target, sum(tensor.end - tensor.start for shard in shards for tensor in shard.values()),
+    check_disk(target, sum(tensor.n_bytes for shard in shards for tensor in shard.values()),
                f"the checkpoint {target.name}")
     with write_whole(target) as partial:
         partial.mkdir()
@@ -124,7 +124,7 @@ def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, to
             logits = exported.model(input_ids=tokens.to(exported.model.device), use_cache=False).logits
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         raise SimDiffError(f"{type(dense.model).__name__} does not run without layers {sorted(removed)}: "
-                           f"{' '.join(str(error).split())}") from error
+                           f"{one_line(error)}") from error
     difference = (logits - expected.to(logits.device)).abs().max().item()
     if not difference <= 1e-4 * expected.abs().max().item():
         raise SimDiffError(f"the exported checkpoint gives other logits than the model it comes from (largest "
@@ -151,10 +151,10 @@ def _plan_shards(stored: StoredWeights, kept: list[int], left_out: set[str]) -> 
     shards, room = [], -inf
     for name, tensor in stored.tensors.items():
         if name in wanted:
-            room -= tensor.end - tensor.start
+            room -= tensor.n_bytes
             if room < 0:
                 shards.append({})
-                room = _SHARD_BYTES - (tensor.end - tensor.start)
+                room = _SHARD_BYTES - tensor.n_bytes
             shards[-1][stored.rename(name, new_idx)] = tensor
     return shards
 
@@ -165,7 +165,7 @@ def _write_shards(shards: list[dict[str, StoredTensor]], folder: Path) -> None:
     for file, shard in zip(names, shards, strict=True):
         _copy_tensors(shard, folder / file)
     if len(shards) > 1:
-        total = sum(tensor.end - tensor.start for shard in shards for tensor in shard.values())
+        total = sum(tensor.n_bytes for shard in shards for tensor in shard.values())
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         write_json(folder / "model.safetensors.index.json",
                    {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -175,7 +175,7 @@ def _copy_tensors(shard: dict[str, StoredTensor], file: Path) -> None:
     """A safetensors file of tensors that lie in others: a header (length, JSON padded to 8 bytes), then their bytes."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in shard.items():
-        end = offset + tensor.end - tensor.start
+        end = offset + tensor.n_bytes
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -191,7 +191,7 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytes]:
     """A tensor's bytes, 16 MB at a time."""
     with tensor.file.open("rb") as source:
         source.seek(tensor.start)
-        left = tensor.end - tensor.start
+        left = tensor.n_bytes
         while left:
             piece = source.read(min(left, 1 << 24))
             if not piece:

@@ -49,8 +49,8 @@ def plan_memory(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: i
     work = _workspace(model.config.get_text_config(), n_tokens)
 
     def n_bytes(names: list[str]) -> int:
-        read = sum(stored.tensors[name].end - stored.tensors[name].start for name in names)
-        cast = stored.n_parameters(names) * dtype.itemsize
+        read = sum(stored.tensors[name].n_bytes for name in names)
+        cast = sum(stored.tensors[name].n_parameters for name in names) * dtype.itemsize
         return cast if read == cast else read + cast  # in another dtype, a copy is made while the file is open
 
     whole = used + n_bytes(list(stored.tensors)) + work

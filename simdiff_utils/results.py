@@ -66,6 +66,26 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
+def run_fresh(module: str, arguments: list[str], what: str, **environment: str) -> object:
+    """What a module of this package prints as its last line, JSON, when a fresh process runs it.
+
+    Args:
+        what: for the sentence, such as "the capture".
+        environment: variables to set for it.
+
+    Raises:
+        SimDiffError: the process failed; its last line is in the sentence.
+    """
+    package_parent = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path} | environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise SimDiffError(f"{what} failed: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def newest_results(root: Path) -> dict[str, Path]:
     """Folder of the newest result of each notebook, for the model that ran last; {notebook: folder}.
 

@@ -20,6 +20,11 @@ class SimDiffError(ValueError):
         return [f"SimDiffError: {self}"]
 
 
+def one_line(error: BaseException) -> str:
+    """What a library's error says, as one line for our own sentence."""
+    return " ".join(str(error).split())
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every parameter that a notebook may declare, with its default.

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import torch
-from accelerate.utils import find_tied_parameters
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
@@ -77,9 +76,8 @@ def _write_random(model: PreTrainedModel, folder: Path) -> None:
     _byte_tokenizer().save_pretrained(folder)
     layers = {id(layer) for layer in decoder_layers(model)}
     shards = [(name, module) for name, module in model.named_modules() if id(module) in layers]
-    tied = {name for group in find_tied_parameters(model) for name in group if "lm_head" in name}
     inside = tuple(f"{name}." for name, _ in shards)
-    rest = {name: p for name, p in model.named_parameters() if not name.startswith(inside) and name not in tied}
+    rest = {name: p for name, p in model.named_parameters() if not name.startswith(inside)}  # a tied one comes once
     parts = [rest, *({f"{prefix}.{name}": p for name, p in layer.named_parameters()} for prefix, layer in shards)]
     generator = torch.Generator().manual_seed(0)
     weight_map = {}

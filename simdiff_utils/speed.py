@@ -7,9 +7,6 @@ bound by memory bandwidth, so leaving layers out helps it by the share of weight
 import argparse
 import inspect
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
-from simdiff_utils.results import peak_memory_gib
+from simdiff_utils.results import peak_memory_gib, run_fresh
 from simdiff_utils.settings import SimDiffError
 
 
@@ -176,15 +173,8 @@ def measure_peak_memory(checkpoint: Path, dtype: torch.dtype, *, batch_size: int
         SimDiffError: the process failed; its last line is in the sentence.
     """
     lengths = (batch_size, prefill_len, prompt_len, n_new_tokens)
-    command = [sys.executable, "-m", "simdiff_utils.speed", str(Path(checkpoint).resolve()),
-               str(dtype).removeprefix("torch."), *map(str, lengths)]
-    package_parent = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise SimDiffError(f"Measuring the memory of {checkpoint} failed: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    arguments = [str(Path(checkpoint).resolve()), str(dtype).removeprefix("torch."), *map(str, lengths)]
+    return run_fresh("simdiff_utils.speed", arguments, f"Measuring the memory of {checkpoint}")
 
 
 def _peak_gib() -> float:

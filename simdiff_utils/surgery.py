@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from simdiff_utils.models import decoder_layers, layers_replaced, text_config
-from simdiff_utils.settings import SimDiffError, check_removed
+from simdiff_utils.settings import SimDiffError, check_removed, one_line
 from simdiff_utils.weights import skeleton
 
 Renumbering = list[tuple[nn.Module, str, int]]  # module, attribute, its new value
@@ -74,8 +74,7 @@ def plan_cut(model: PreTrainedModel, removed: frozenset[int]) -> tuple[Pretraine
         plan = skeleton(type(config).from_dict(json.loads(config.to_json_string())))
         planned = decoder_layers(plan)
     except Exception as error:  # whatever a family's config checks
-        reason = " ".join(str(error).split())
-        raise SimDiffError(f"{refusal}: its config cannot state the others ({reason}).") from error
+        raise SimDiffError(f"{refusal}: its config cannot state the others ({one_line(error)}).") from error
     mine, theirs = ({id(p) for layer in each for p in layer.parameters()} for each in (layers, planned))
     outside = ({name: p.shape for name, p in m.named_parameters() if id(p) not in inner}
                for m, inner in ((model, mine), (plan, theirs)))

@@ -18,7 +18,7 @@ from torch import LongTensor
 from tqdm.auto import tqdm
 
 from simdiff_utils import assets
-from simdiff_utils.settings import SimDiffError, repository_root
+from simdiff_utils.settings import SimDiffError, one_line, repository_root
 from simdiff_utils.wikipedia import load_articles
 
 SPLITS = ("train", "validation", "test")
@@ -201,7 +201,7 @@ def _load_hub(name: str, config: str | None, label: str, licence: str) -> Corpus
     try:
         loaded = datasets.load_dataset(name, config)
     except Exception as error:  # a dozen kinds, from no connection to no such config; all end the same way
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         advice = "accept the licence on its page, then `hf auth login`" if "gated" in reason else OFFLINE_HINT
         raise SimDiffError(f"cannot load {name} from the Hugging Face hub ({reason}): check the name; "
                            f"{advice}.") from error

@@ -34,6 +34,16 @@ class StoredTensor:
     start: int
     end: int
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.start
+
+    @property
+    def n_parameters(self) -> int:
+        """Product of the shape."""
+        return prod(self.shape)
+
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file by name, in the file's order; nothing but the header is read."""
@@ -87,10 +97,6 @@ class StoredWeights:
         """The tensor's name once its layer has a new index; names outside the layers stay."""
         match = self._found.get(name)
         return f"{match[1]}{new_idx[int(match[2])]}{match[3]}" if match else name
-
-    def n_parameters(self, names: list[str]) -> int:
-        """Parameters in the tensors named."""
-        return sum(prod(self.tensors[name].shape) for name in names)
 
 
 def _decoder_prefix(found: list[tuple[str, str, str]], path: str, n_layers: int, folder: Path) -> str:

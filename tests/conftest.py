@@ -59,6 +59,12 @@ FAMILIES = {
 SETS = [frozenset(s) for s in ({0}, {5}, {0, 2, 5}, {2, 3, 4})]  # first, last, scattered, contiguous
 
 
+@torch.inference_mode()
+def logits_of(model, blocks):
+    """Logits of the model's own forward, without a cache."""
+    return model(input_ids=blocks, use_cache=False).logits.clone()
+
+
 def build_by_hand(model, removed):
     """A new model of the same class with only the kept layers: config and weights cut here, not by our code."""
     kept = [i for i in range(N_LAYERS) if i not in removed]

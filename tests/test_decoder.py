@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from conftest import FAMILIES, N_LAYERS, SETS, build_by_hand
+from conftest import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,11 +20,6 @@ from simdiff_utils.settings import SimDiffError
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
-
-
-@torch.inference_mode()
-def logits_of(model, blocks):
-    return model(input_ids=blocks, use_cache=False).logits
 
 
 def run(decoder, blocks, sets=(frozenset(),), batch_size=2, **more):

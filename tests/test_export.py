@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, N_LAYERS, SETS, build_by_hand
+from conftest import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,11 +80,6 @@ def exported(dense, blocks, tmp_path_factory) -> tuple[Path, dict]:
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return root, json.loads(done.stdout.splitlines()[-1])
-
-
-@torch.inference_mode()
-def logits_of(model, blocks):
-    return model(input_ids=blocks, use_cache=False).logits
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MIXED, N_LAYERS, SETS, build_by_hand
+from conftest import MIXED, N_LAYERS, SETS, build_by_hand, logits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,11 +16,6 @@ from simdiff_utils.surgery import layers_removed, plan_cut
 
 sets = pytest.mark.parametrize("removed", SETS, ids=lambda s: "-".join(map(str, sorted(s))))
 TOLERANCE = 1e-5
-
-
-@torch.inference_mode()
-def logits_of(model, blocks):
-    return model(input_ids=blocks, use_cache=False).logits.clone()
 
 
 def assert_cache_agrees(model, blocks):
