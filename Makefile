@@ -49,7 +49,7 @@ help:  ## show this list
 	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
 	@echo "  TEXT=       embedded:wikipedia, wikitext2, a hub data set, or a text or JSONL file"
 	@echo "  K=          how many layers to remove"
-	@echo "  CRITERION=  cosine, mssd or masd"
+	@echo "  CRITERION=  cosine, mssd, masd, log-mssd, relative, angular, tail or portfolio"
 	@echo "  ALPHA=      auto, or a number in [0, 1]"
 	@echo "  DTYPE=      auto, float32, bfloat16 or float16"
 

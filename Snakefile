@@ -151,7 +151,7 @@ CODE = sorted(str(path) for path in (Path(workflow.basedir) / "simdiff_utils").g
 
 wildcard_constraints:
     folder="[a-z0-9-]+",
-    criterion="[a-z]+",
+    criterion="[a-z-]+",
     n_remove="[0-9]+",
 
 

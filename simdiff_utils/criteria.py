@@ -1,8 +1,10 @@
-"""The annotated paper: Eq. 2 to 9 of SimDiff (arXiv:2604.19520) as pure functions.
+"""The annotated paper: Eq. 2 to 9 of SimDiff (arXiv:2604.19520) as pure functions; then forms of our own.
 
 Symbols as in the paper: H is the residual stream [tokens, d], L_sim and L_diff are raw measurements of a layer,
 I_sim and I_diff their normalised forms, I the fused importance. Small importance: the layer is removed first.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,19 +14,21 @@ from simdiff_utils.settings import SimDiffError
 
 
 def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:
-    """The three measurements of SimDiff for every token of one layer, before averaging.
+    """The measurements of one layer for every token, before averaging: the three of SimDiff, and one of ours.
 
     Eq. 2, cosine distance 1 - cos(H(i), H(i+1)), computed from the update by the law of cosines: for nearly parallel
     states 1 - cos would lose all its digits. It is ShortGPT's Block Influence.
     Eq. 3, squared L2 norm over d of the update H(i+1) - H(i) (a sum over d, not a mean).
     Eq. 4, mean over d of the absolute update.
+    Ours: relative update, |H(i+1) - H(i)| / |H(i)|, which a model's scale does not change.
 
     Args:
         h_in: residual stream entering the layer, [..., d], any float dtype.
         h_out: the same after the layer, before any final norm, [..., d].
 
     Returns:
-        float32 [3, ...]: cosine distance in [0, 2] (0 for an identity layer), squared update, absolute update.
+        float32 [4, ...]: cosine distance in [0, 2] (0 for an identity layer), squared update, absolute update,
+        relative update.
         A non-finite state gives non-finite values: the caller names the layer.
 
     Raises:
@@ -38,7 +42,8 @@ def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:
     mssd = length.square()
     turned = mssd - (after - before).square()  # = 2 |H(i)| |H(i+1)| (1 - cos)
     cosine_distance = turned.clamp(min=0) / (2 * before * after).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.stack([cosine_distance, mssd, update.abs_().mean(-1)])
+    relative = length / before.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([cosine_distance, mssd, update.abs_().mean(-1), relative])
 
 
 def normalise_difference(l_diff: np.ndarray) -> np.ndarray:
@@ -54,11 +59,11 @@ def normalise_similarity(l_sim: np.ndarray) -> np.ndarray:
     return np.asarray(l_sim, dtype=np.float64) / 2
 
 
-def fuse(l_sim: np.ndarray, l_diff: np.ndarray, alpha: float) -> np.ndarray:
+def fuse(i_sim: np.ndarray, i_diff: np.ndarray, alpha: float) -> np.ndarray:
     """I = alpha * I_diff + (1 - alpha) * I_sim, Eq. 7: one importance per layer, float64 [n_layers]."""
     if not 0 <= alpha <= 1:
         raise SimDiffError(f"alpha must lie in [0, 1], got {alpha}.")
-    return alpha * normalise_difference(l_diff) + (1 - alpha) * normalise_similarity(l_sim)
+    return alpha * np.asarray(i_diff, dtype=np.float64) + (1 - alpha) * np.asarray(i_sim, dtype=np.float64)
 
 
 def choose_removed(importance: np.ndarray, n_remove: int) -> frozenset[int]:
@@ -70,3 +75,36 @@ def choose_removed(importance: np.ndarray, n_remove: int) -> frozenset[int]:
 def count_saturated(l_diff: np.ndarray) -> int:
     """How many I_diff are exactly 1 in float64: where all are, SimDiff ranks by cosine distance alone."""
     return int((normalise_difference(l_diff) == 1).sum())
+
+
+# ---- forms: which measurements are fused, and how each is normalised ------------------------------------------------
+
+PUBLISHED_FORMS = ("mssd", "masd")
+FORMS = (*PUBLISHED_FORMS, "log-mssd", "relative")  # the last two are ours: nothing in them saturates
+
+
+def normalise(table: Mapping[str, np.ndarray], form: str) -> tuple[np.ndarray, np.ndarray]:
+    """I_sim and I_diff of a form of SimDiff, float64 [n_layers] each: the two ends, alpha 0 and 1, of a layer's line.
+
+    `mssd`, `masd`: as published (Eq. 5, 6). `log-mssd`: the logarithm of MSSD, then both measurements stretched to
+    [0, 1] over the layers. `relative`: the same with the relative update in place of log MSSD. Stretching changes no
+    set that some alpha chooses (ranks depend on alpha up to a change of its scale); it makes alpha readable.
+
+    Args:
+        table: layer statistics by column, as `LayerStatistics.table` gives them.
+    """
+    cosine_distance = np.asarray(table["cosine_distance"], dtype=np.float64)
+    if form in PUBLISHED_FORMS:
+        return normalise_similarity(cosine_distance), normalise_difference(table[form])
+    if form not in FORMS:
+        raise SimDiffError(f"there is no form {form!r} of SimDiff: it must be one of {', '.join(FORMS)}.")
+    if form == "relative":
+        return _stretch(cosine_distance), _stretch(np.asarray(table["relative_update"], dtype=np.float64))
+    mssd = np.asarray(table["mssd"], dtype=np.float64)
+    return _stretch(cosine_distance), _stretch(np.log(np.maximum(mssd, np.finfo(np.float64).tiny)))
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Min-max over the layers: [0, 1]; all 0 where they do not differ."""
+    spread = values.max() - values.min()
+    return (values - values.min()) / spread if spread else np.zeros_like(values)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from simdiff_utils.capture import STATISTICS, LayerStatistics
-from simdiff_utils.criteria import fuse, normalise_difference, normalise_similarity
+from simdiff_utils.criteria import fuse, normalise, normalise_difference, normalise_similarity
 
 # Okabe-Ito colours: told apart by colour-blind readers; markers and dashes tell them apart in grey.
 NAMES = {"dense": "dense", "cosine": "cosine (ShortGPT)", "mssd": "SimDiff-MSSD", "masd": "SimDiff-MASD",
@@ -36,7 +36,7 @@ def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
     """The three raw measurements per layer, with position 0 (filled) and without it (hollow)."""
     table = captured.table()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for axis, name in zip(axes, STATISTICS, strict=True):
+    for axis, name in zip(axes, _AXIS, strict=True):
         colour = COLOURS[_COLOUR_OF[name]]
         axis.plot(table["layer_idx"], table[name], marker="o", ms=4, color=colour, label="all positions")
         axis.plot(table["layer_idx"], table[f"{name}_without_first"], marker="o", ms=5, mfc="white", ls=":",
@@ -97,7 +97,7 @@ def plot_importance(table: pd.DataFrame, criterion: str, alphas: list[float]) ->
     """Rank of every layer (0 is removed first) for several alphas: how the order turns."""
     figure, axis = plt.subplots()
     for shade, alpha in zip(np.linspace(0.75, 0.0, len(alphas)), alphas, strict=True):
-        importance = fuse(table["cosine_distance"].to_numpy(), table[criterion].to_numpy(), alpha)
+        importance = fuse(*normalise(table, criterion), alpha)
         ranks = np.argsort(np.argsort(importance, kind="stable"), kind="stable")
         axis.plot(table["layer_idx"], ranks, marker="o", ms=4, color=str(shade), label=f"α = {alpha:g}")
     axis.set(ylabel="rank (0 is removed first)", title=f"Ranking by {NAMES[criterion]}")

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CRITERIA = ("cosine", "mssd", "masd")
+# keys of methods.METHODS
+CRITERIA = ("cosine", "mssd", "masd", "log-mssd", "relative", "angular", "tail", "portfolio")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("demo", "published")
 

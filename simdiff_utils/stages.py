@@ -12,20 +12,22 @@ from tqdm.auto import tqdm
 
 from simdiff_utils.alpha import search_ternary
 from simdiff_utils.capture import LayerStatistics, capture_statistics, measure_capture_memory
-from simdiff_utils.criteria import choose_removed, fuse
+from simdiff_utils.criteria import FORMS, choose_removed, fuse, normalise
 from simdiff_utils.decoder import open_decoder, stream_decoder
 from simdiff_utils.export import export_pruned, export_recovered, refuse_existing, verify_export
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
+from simdiff_utils.methods import METHODS
 from simdiff_utils.models import load_model, pick_dtype
 from simdiff_utils.perplexity import block_losses, perplexity
 from simdiff_utils.recovery import Recipe, alpaca_dataset, block_dataset, recipe_for, train_lora
 from simdiff_utils.results import describe_machine
 from simdiff_utils.runs import RunFolder
-from simdiff_utils.settings import CRITERIA, SimDiffError, check_n_remove
+from simdiff_utils.settings import SimDiffError, check_n_remove
 from simdiff_utils.speed import measure_peak_memory, measure_speed, parameters_read_per_token
 from simdiff_utils.text import draw_blocks, token_blocks
 from simdiff_utils.weights import weight_files
 
+_COMPARED = ("cosine", "mssd", "masd")
 _CAPTURE = ("dtype", "seed", "seq_len", "n_samples")
 _SEARCH = (*_CAPTURE, "n_validation", "alpha", "eps", "max_iterations")
 _PRUNE = (*_SEARCH, "criterion", "n_remove")
@@ -81,7 +83,7 @@ class Run(RunFolder):
         """
         table = self.statistics().table()
         return pd.DataFrame([self._choose(table, criterion, n_remove)
-                             for n_remove in tqdm(grid, desc="choosing", unit="K") for criterion in CRITERIA])
+                             for n_remove in tqdm(grid, desc="choosing", unit="K") for criterion in _COMPARED])
 
     def _choose(self, table: pd.DataFrame, criterion: str, n_remove: int) -> dict:
         search = self.probes(criterion, n_remove, table)
@@ -93,19 +95,22 @@ class Run(RunFolder):
     def probes(self, criterion: str, n_remove: int, table: pd.DataFrame | None = None) -> pd.DataFrame:
         """Every alpha that the search for one criterion tried: alpha, perplexity, removed, repeated."""
         table = self.statistics().table() if table is None else table
-        l_sim = table["cosine_distance"].to_numpy()
 
         def evaluate(removed: frozenset[int]) -> float:
             return perplexity(self.losses("validation", removed))
 
-        if criterion == "cosine" or self.settings.alpha != "auto":
-            alpha = float("nan") if criterion == "cosine" else float(self.settings.alpha)
-            importance = l_sim if criterion == "cosine" else fuse(l_sim, table[criterion].to_numpy(), alpha)
-            removed = choose_removed(importance, n_remove)
-            return pd.DataFrame([{"alpha": alpha, "perplexity": evaluate(removed), "removed": sorted(removed),
-                                  "repeated": False}])
-        return search_ternary(l_sim, table[criterion].to_numpy(), n_remove, evaluate,
-                              self.settings.eps, self.settings.max_iterations).probes
+        if criterion in FORMS and self.settings.alpha == "auto":
+            return search_ternary(*normalise(table, criterion), n_remove, evaluate, self.settings.eps,
+                                  self.settings.max_iterations)
+        if criterion in FORMS:
+            alpha = float(self.settings.alpha)
+            sets = [choose_removed(fuse(*normalise(table, criterion), alpha), n_remove)]
+        else:
+            alpha = float("nan")
+            sets = [candidate.removed for candidate in METHODS[criterion].propose(self.statistics(), n_remove)]
+        losses = self.losses_of("validation", sets)
+        return pd.DataFrame([{"alpha": alpha, "perplexity": perplexity(values), "removed": sorted(removed),
+                              "repeated": False} for removed, values in zip(sets, losses, strict=True)])
 
     def compare(self, grid: list[int]) -> pd.DataFrame:
         """The choices with their perplexity on the test split, which chose nothing, and its ratio to dense."""
@@ -168,7 +173,7 @@ class Run(RunFolder):
         s, chosen, table = self.settings, self.chosen(), self.statistics().table()
         alpha = None if math.isnan(chosen["alpha"]) else chosen["alpha"]
         scores = (table["cosine_distance"] if alpha is None else
-                  pd.Series(fuse(table["cosine_distance"].to_numpy(), table[s.criterion].to_numpy(), alpha)))
+                  pd.Series(fuse(*normalise(table, s.criterion), alpha)))
         dense, pruned = map(perplexity, self.losses_of("test", [frozenset(), frozenset(chosen["removed"])]))
         n_tokens = s.n_test * (s.seq_len - 1)
         calibration = self.blocks("train")

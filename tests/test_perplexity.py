@@ -9,7 +9,12 @@ import torch
 from simdiff_utils import perplexity as perplexity_module
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.models import decoder_layers
-from simdiff_utils.perplexity import block_losses, check_perplexity_ratio, perplexity
+from simdiff_utils.perplexity import (
+    block_losses,
+    check_perplexity_ratio,
+    perplexity,
+    perplexity_interval,
+)
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.surgery import layers_removed
 
@@ -83,6 +88,62 @@ def test_the_logits_of_few_positions_are_held_at_once(make_tiny, blocks, monkeyp
 def test_sets_that_name_no_layers_are_refused(llama, blocks, removed):
     with pytest.raises(SimDiffError, match="layers 0 to 5"):
         block_losses(Decoder(llama), blocks, (frozenset(removed),))
+
+
+@pytest.fixture
+def two_models():
+    """Losses of two models on 40 blocks: the blocks differ by much and alike for both, the models by 0.1 nats."""
+    rng = np.random.default_rng(5)
+    difficulty = rng.normal(3, 0.5, 40)
+    return difficulty + 0.1 + rng.normal(0, 0.03, 40), difficulty + rng.normal(0, 0.03, 40)
+
+
+def test_the_interval_holds_the_perplexity_and_narrows_with_confidence(two_models):
+    losses, _ = two_models
+    low, high = perplexity_interval(losses)
+    assert low < perplexity(losses) < high and type(low) is type(high) is float
+    lower, higher = perplexity_interval(losses, confidence=0.99)
+    assert lower < low and high < higher
+    error = losses.std() / math.sqrt(40)  # what the central limit theorem says
+    np.testing.assert_allclose(np.log([low, high]), losses.mean() + np.array([-1.96, 1.96]) * error,
+                               atol=0.2 * error)
+
+
+def test_the_ratio_is_paired_block_by_block(two_models):
+    pruned, dense = two_models
+    low, high = perplexity_interval(pruned, dense)
+    assert 1 < low < perplexity(pruned) / perplexity(dense) < high
+    widths = [np.ptp(np.log(perplexity_interval(losses))) for losses in two_models]
+    assert math.log(high / low) < 0.2 * math.hypot(*widths)  # as wide as were they of different text
+    back = perplexity_interval(dense, pruned)
+    np.testing.assert_allclose(back, (1 / high, 1 / low), rtol=0.01)
+
+
+def test_losses_that_do_not_differ_leave_no_doubt(two_models):
+    losses, _ = two_models
+    assert perplexity_interval(losses, losses) == (1, 1)
+    assert perplexity_interval(losses, losses.copy()) == (1, 1)
+    assert perplexity_interval(np.full(4, math.log(7))) == pytest.approx((7, 7))
+
+
+def test_one_block_says_nothing_about_spread():
+    one = np.array([2.0])
+    assert perplexity_interval(one) == (1, math.inf)
+    assert perplexity_interval(one, one) == (0, math.inf)
+
+
+def test_the_same_seed_gives_the_same_interval(two_models):
+    pruned, dense = two_models
+    assert perplexity_interval(pruned, dense, seed=3) == perplexity_interval(pruned, dense, seed=3)
+    assert perplexity_interval(pruned, dense, seed=3) != perplexity_interval(pruned, dense, seed=4)
+    assert perplexity_interval(pruned) == perplexity_interval(list(pruned))
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [perplexity_interval(rng.normal(3, 0.4, 30)) for _ in range(200)]
+    held = sum(low <= math.exp(3) <= high for low, high in intervals)
+    assert 0.88 * 200 <= held < 200  # percentiles of 30 blocks fall a little short of 95 %; always would be too wide
 
 
 def test_the_ratio_gate():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from papermill.translators import PythonTranslator
 
-from simdiff_utils.settings import Settings, SimDiffError, check_n_remove, from_notebook, repository_root
+from simdiff_utils.settings import CRITERIA, Settings, SimDiffError, check_n_remove, from_notebook, repository_root
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -55,8 +55,8 @@ def refusal(call, *args, **kwargs) -> str:
     ("n_remove_grid", [3, 0], "n_remove_grid must be a list of whole numbers of at least 1, got [3, 0]"),
     ("n_remove_grid", [3, "6"], "n_remove_grid must be a list of whole numbers of at least 1"),
     ("n_remove_grid", [True], "n_remove_grid must be a list of whole numbers of at least 1"),
-    ("criterion", "euclid", "criterion must be one of cosine, mssd, masd; got 'euclid'"),
-    ("criterion", "MASD", "criterion must be one of cosine, mssd, masd; got 'MASD'"),
+    ("criterion", "euclid", f"criterion must be one of {', '.join(CRITERIA)}; got 'euclid'"),
+    ("criterion", "MASD", f"criterion must be one of {', '.join(CRITERIA)}; got 'MASD'"),
     ("dtype", "fp32", "dtype must be one of auto, float32, bfloat16, float16; got 'fp32'"),
     ("train_dtype", "int8", "train_dtype must be one of"),
     ("speed_dtype", "", "speed_dtype must be one of"),

@@ -1,0 +1,127 @@
+"""What every method proposes, from made-up statistics in which the right answer is known or counted by hand."""
+
+import numpy as np
+import pytest
+
+from simdiff_utils.capture import LayerStatistics
+from simdiff_utils.criteria import FORMS
+from simdiff_utils.methods import METHODS, N_BLOCKS, alpha_path
+from simdiff_utils.settings import CRITERIA
+
+N_LAYERS, N_SAMPLES, SEQ_LEN = 8, 4, 10
+NUMBERS = range(1, N_LAYERS)
+SINGLE = ("cosine", "angular", "tail")  # methods that have chosen
+
+
+def make_statistics(seed=0):
+    """Random statistics of a made-up model of 8 layers; MSSD and MASD small enough that no sigmoid is 1."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.uniform(0.05, 1, (4, N_LAYERS, 1, 1)) * rng.uniform(0.5, 1.5, (4, N_LAYERS, N_SAMPLES, SEQ_LEN))
+    turned = rng.uniform(0.01, 0.9, (N_LAYERS + 1, N_LAYERS + 1))
+    turned = np.triu(turned, 1)
+    return LayerStatistics(tokens.mean(2), tokens.mean(3), rng.uniform(0, 1, N_LAYERS), turned + turned.T)
+
+
+def proposed(method, statistics, n_remove):
+    return [candidate.removed for candidate in METHODS[method].propose(statistics, n_remove)]
+
+
+def smallest(values, n):
+    return frozenset(i for _, i in sorted((value, i) for i, value in enumerate(values))[:n])
+
+
+@pytest.fixture(params=range(3))
+def statistics(request):
+    return make_statistics(request.param)
+
+
+def test_the_settings_know_every_method():
+    assert tuple(METHODS) == CRITERIA
+    assert all(method.label and method.source for method in METHODS.values())
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_proposes_sets_of_the_number_of_layers_asked_for(statistics, method):
+    for n_remove in NUMBERS:
+        sets = proposed(method, statistics, n_remove)
+        assert sets and len(sets) == len(set(sets))
+        assert len(sets) == 1 or method not in SINGLE
+        for removed in sets:
+            assert type(removed) is frozenset and {type(i) for i in removed} == {int}
+            assert len(removed) == n_remove and removed <= set(range(N_LAYERS))
+
+
+def test_cosine_takes_the_smallest_distances(statistics):
+    distance = statistics.by_position[0].mean(axis=1)
+    for n_remove in NUMBERS:
+        assert proposed("cosine", statistics, n_remove) == [smallest(distance, n_remove)]
+
+
+def test_of_equal_distances_cosine_takes_the_earlier():
+    statistics = make_statistics()
+    statistics.by_position[0] = np.array([3, 1, 2, 1, 2, 1, 3, 2])[:, None] / 4
+    for n_remove, expected in ((2, {1, 3}), (4, {1, 3, 5, 2}), (5, {1, 3, 5, 2, 4}), (7, {0, 1, 2, 3, 4, 5, 7})):
+        assert proposed("cosine", statistics, n_remove) == [expected]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_forms_path_goes_from_cosines_set_to_that_of_the_difference(statistics, form):
+    difference = statistics.by_position[{"mssd": 1, "log-mssd": 1, "masd": 2, "relative": 3}[form]].mean(axis=1)
+    for n_remove in NUMBERS:
+        candidates = METHODS[form].propose(statistics, n_remove)
+        assert candidates[0].low == 0 and candidates[-1].high == 1
+        assert [c.low for c in candidates[1:]] == [c.high for c in candidates[:-1]]  # no gap: every alpha has its set
+        assert {c.proposed_by for c in candidates} == {form} and {c.n_tied for c in candidates} == {1}
+        assert [candidates[0].removed] == proposed("cosine", statistics, n_remove)
+        assert candidates[-1].removed == smallest(difference, n_remove)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_forms_candidates_are_its_path(statistics, form):
+    path = alpha_path(statistics, form)
+    for n_remove, rows in path.groupby("n_remove"):
+        assert [sorted(removed) for removed in proposed(form, statistics, n_remove)] == list(rows["removed"])
+    assert set(path["n_remove"]) == set(NUMBERS)
+
+
+@pytest.mark.parametrize("n_remove", NUMBERS)
+def test_angular_takes_the_block_over_which_the_state_turns_least(n_remove):
+    for first in range(N_LAYERS - n_remove + 1):  # the last one: the block that ends with the last layer
+        statistics = make_statistics()
+        statistics.angular_distance[first, first + n_remove] = 0.001  # state before `first`, and before what follows
+        assert proposed("angular", statistics, n_remove) == [set(range(first, first + n_remove))]
+
+
+@pytest.mark.parametrize("n_remove", NUMBERS)
+def test_angular_looks_at_no_other_distance(statistics, n_remove):
+    expected = proposed("angular", statistics, n_remove)
+    other = np.abs(np.subtract.outer(range(N_LAYERS + 1), range(N_LAYERS + 1))) != n_remove
+    statistics.angular_distance[other] = 0  # blocks shorter and longer by one layer among them
+    assert proposed("angular", statistics, n_remove) == expected
+
+
+def test_tail_takes_the_last_layers(statistics):
+    assert proposed("tail", statistics, 1) == [{7}]
+    assert proposed("tail", statistics, 3) == [{5, 6, 7}]
+    assert proposed("tail", statistics, 7) == [set(range(1, 8))]
+
+
+@pytest.mark.parametrize("n_remove", NUMBERS)
+def test_the_portfolio_holds_what_every_other_method_proposes(statistics, n_remove):
+    found = proposed("portfolio", statistics, n_remove)
+    others = {removed for method in METHODS if method != "portfolio"
+              for removed in proposed(method, statistics, n_remove)}
+    turned = [statistics.angular_distance[i, i + n_remove] for i in range(N_LAYERS - n_remove + 1)]
+    blocks = {frozenset(range(i, i + n_remove)) for i in smallest(turned, N_BLOCKS)}
+    assert len(found) == len(set(found))
+    assert set(found) == others | blocks
+
+
+def test_a_set_in_the_portfolio_is_its_first_proposers(statistics):
+    for n_remove in NUMBERS:
+        cosine = proposed("cosine", statistics, n_remove)[0]
+        first = {c.removed: c for c in METHODS["portfolio"].propose(statistics, n_remove)}
+        assert first[cosine].proposed_by == FORMS[0]
+        for candidate in METHODS[FORMS[0]].propose(statistics, n_remove):
+            assert first[candidate.removed] == candidate
