@@ -28,7 +28,7 @@ def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:
 
     Returns:
         float32 [4, ...]: cosine distance in [0, 2] (0 for an identity layer), squared update, absolute update,
-        relative update.
+        relative update (0 where the state is).
         A non-finite state gives non-finite values: the caller names the layer.
 
     Raises:
@@ -42,7 +42,7 @@ def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:
     mssd = length.square()
     turned = mssd - (after - before).square()  # = 2 |H(i)| |H(i+1)| (1 - cos)
     cosine_distance = turned.clamp(min=0) / (2 * before * after).clamp(min=torch.finfo(torch.float32).tiny)
-    relative = length / before.clamp(min=torch.finfo(torch.float32).tiny)
+    relative = torch.where(before > 0, length / before, 0)  # a state that is exactly 0 has no size to compare with
     return torch.stack([cosine_distance, mssd, update.abs_().mean(-1), relative])
 
 
@@ -72,9 +72,14 @@ def choose_removed(importance: np.ndarray, n_remove: int) -> frozenset[int]:
     return frozenset(int(layer_idx) for layer_idx in order[:n_remove])
 
 
-def count_saturated(l_diff: np.ndarray) -> int:
-    """How many I_diff are exactly 1 in float64: where all are, SimDiff ranks by cosine distance alone."""
-    return int((normalise_difference(l_diff) == 1).sum())
+def count_saturated(l_diff: np.ndarray, dtype: torch.dtype = torch.float64) -> int:
+    """How many I_diff are exactly 1 in a dtype: where all are, SimDiff ranks by cosine distance alone.
+
+    This package computes Eq. 5 in float64, where that begins at about 36.8; in float32 it begins at about 16.6, in
+    bfloat16 at about 6.2.
+    """
+    l_diff = torch.as_tensor(np.array(l_diff, dtype=np.float64)).to(dtype)
+    return int((torch.sigmoid(l_diff) == 1).sum())
 
 
 # ---- forms: which measurements are fused, and how each is normalised ------------------------------------------------

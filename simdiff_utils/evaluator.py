@@ -76,7 +76,7 @@ class Evaluator:
         missing: dict[tuple[int, ...], list[Removed]] = {}
         for removed in dict.fromkeys(sets):
             known = self._look_up(removed)
-            blocks = tuple(int(block) for block in np.sort(which) if np.isnan(known[block]))
+            blocks = tuple(int(block) for block in np.unique(which) if np.isnan(known[block]))
             if blocks:
                 missing.setdefault(blocks, []).append(removed)
         for blocks, new in missing.items():
@@ -106,6 +106,9 @@ class Evaluator:
         if first_slice < 1:
             raise SimDiffError(f"first_slice must be at least 1 block, got {first_slice}.")
         alive = {name: list(dict.fromkeys(sets)) for name, sets in groups.items()}
+        empty = [name for name, sets in alive.items() if not sets]
+        if empty:
+            raise SimDiffError(f"there is no candidate set in group {empty[0]!r}; give at least one to each group.")
         log = []
         slices = [self.n_blocks] if exact else _slice_ends(self.n_blocks, first_slice)
         order = np.random.default_rng(seed).permutation(self.n_blocks)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from simdiff_utils.alpha import trace_path
 from simdiff_utils.capture import LayerStatistics
-from simdiff_utils.criteria import FORMS, PUBLISHED_FORMS, choose_removed, normalise
+from simdiff_utils.criteria import FORMS, PUBLISHED_FORMS, choose_removed, count_saturated, normalise
 
 N_BLOCKS = 3  # contiguous blocks that the portfolio tries
 
@@ -48,6 +48,26 @@ class Method:
 def alpha_path(statistics: LayerStatistics, form: str) -> pd.DataFrame:
     """`trace_path` of a form of SimDiff on captured statistics."""
     return trace_path(*normalise(statistics.table(), form))
+
+
+def summarise_forms(statistics: LayerStatistics, grid: list[int]) -> pd.DataFrame:
+    """What each form of SimDiff can choose at all on these statistics.
+
+    Returns:
+        one row per form: saturated (layers whose I_diff is exactly 1 in float64; 0 for forms without a sigmoid), for
+        every number of layers K in `grid` a column "sets, K=..." (how many sets some alpha chooses, exact ties
+        included), and shortgpt: True where, for every K in the grid, no alpha below 1 chooses any set but that of
+        cosine distance alone.
+    """
+    rows = []
+    for form in FORMS:
+        path = alpha_path(statistics, form)
+        path = path[path["n_remove"].isin(grid)]
+        saturated = count_saturated(statistics.table()[form]) if form in PUBLISHED_FORMS else 0
+        rows.append({"form": form, "saturated": saturated,
+                     **{f"sets, K={k}": int((path["n_remove"] == k).sum()) for k in grid},
+                     "shortgpt": bool(((path["low"] == 0) & (path["high"] == 1) | (path["low"] == 1)).all())})
+    return pd.DataFrame(rows)
 
 
 def _propose_path(form: str) -> Proposal:

@@ -4,11 +4,13 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from simdiff_utils.decoder import Decoder, Observer
 from simdiff_utils.settings import SimDiffError, check_removed
 
 _CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
+_ROWS = 8  # positions whose loss is taken at once: their logits in float32 stay in the processor's cache
 
 
 @torch.inference_mode()
@@ -52,8 +54,10 @@ def _mean_losses(decoder: Decoder, states: Tensor, batch: Tensor) -> list[float]
         stop = min(start + _CHUNK, n_predicted)
         for block, (hidden, tokens) in enumerate(zip(states, batch, strict=True)):
             logits = decoder.logits(hidden[None, start:stop])[0]
-            total[block] += torch.nn.functional.cross_entropy(logits.float(), tokens[start + 1:stop + 1].to(
-                logits.device), reduction="sum").double().cpu()
+            n_rows = _ROWS if logits.device.type == "cpu" else _CHUNK
+            following = tokens[start + 1:stop + 1].to(logits.device)
+            for rows, wanted in zip(logits.split(n_rows), following.split(n_rows), strict=True):
+                total[block] += cross_entropy(rows.float(), wanted, reduction="sum").double().cpu()
     return (total / n_predicted).tolist()
 
 

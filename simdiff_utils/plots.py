@@ -10,40 +10,44 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from simdiff_utils.capture import STATISTICS, LayerStatistics
-from simdiff_utils.criteria import fuse, normalise, normalise_difference, normalise_similarity
+from simdiff_utils.criteria import choose_removed, fuse, normalise, normalise_difference, normalise_similarity
+from simdiff_utils.methods import METHODS
 
 # Okabe-Ito colours: told apart by colour-blind readers; markers and dashes tell them apart in grey.
-NAMES = {"dense": "dense", "cosine": "cosine (ShortGPT)", "mssd": "SimDiff-MSSD", "masd": "SimDiff-MASD",
-         "pruned": "pruned", "recovered": "recovered"}
-COLOURS = {"dense": "#333333", "cosine": "#E69F00", "mssd": "#0072B2", "masd": "#009E73",
+NAMES = {"dense": "dense", "pruned": "pruned", "recovered": "recovered",
+         **{name: method.label for name, method in METHODS.items()}}
+COLOURS = {"dense": "#333333", "cosine": "#E69F00", "mssd": "#0072B2", "masd": "#009E73", "log-mssd": "#56B4E9",
+           "relative": "#D55E00", "angular": "#F0E442", "tail": "#999999", "portfolio": "#CC79A7",
            "pruned": "#D55E00", "recovered": "#CC79A7"}
-MARKERS = {"dense": "D", "cosine": "o", "mssd": "s", "masd": "^", "pruned": "v", "recovered": "P"}
-DASHES = {"cosine": "-", "mssd": "--", "masd": "-."}
+MARKERS = {"dense": "D", "cosine": "o", "mssd": "s", "masd": "^", "log-mssd": "v", "relative": "P", "angular": "d",
+           "tail": "<", "portfolio": "*", "pruned": "v", "recovered": "P"}
+DASHES = {"cosine": "-", "mssd": "--", "masd": "-.", "log-mssd": ":", "relative": (0, (5, 1)), "angular": (0, (1, 1)),
+          "tail": (0, (3, 1, 1, 1)), "portfolio": "-"}
 _AXIS = {"cosine_distance": "cosine distance (Eq. 2)", "mssd": "MSSD, activation² (Eq. 3)",
-         "masd": "MASD, activation (Eq. 4)"}
-_COLOUR_OF = {"cosine_distance": "cosine", "mssd": "mssd", "masd": "masd"}
+         "masd": "MASD, activation (Eq. 4)", "relative_update": "relative update (ours)"}
+_COLOUR_OF = {"cosine_distance": "cosine", "mssd": "mssd", "masd": "masd", "relative_update": "relative"}
 
 
 def use_style() -> None:
     """The look of every picture in the workbook."""
     sns.set_theme(context="notebook", style="ticks", rc={
-        "figure.figsize": (9, 3.6), "figure.dpi": 72, "figure.constrained_layout.use": True, "axes.grid": True,
+        "figure.figsize": (8.5, 3.2), "figure.dpi": 70, "figure.constrained_layout.use": True, "axes.grid": True,
         "grid.color": "#e6e6e6", "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium",
         "legend.frameon": False, "savefig.facecolor": "white"})
 
 
 def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
-    """The three raw measurements per layer, with position 0 (filled) and without it (hollow)."""
+    """The raw measurements per layer, with position 0 (filled) and without it (hollow)."""
     table = captured.table()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for axis, name in zip(axes, _AXIS, strict=True):
+    figure, axes = plt.subplots(1, len(STATISTICS), figsize=(14, 3.2))
+    for axis, name in zip(axes, STATISTICS, strict=True):
         colour = COLOURS[_COLOUR_OF[name]]
         axis.plot(table["layer_idx"], table[name], marker="o", ms=4, color=colour, label="all positions")
         axis.plot(table["layer_idx"], table[f"{name}_without_first"], marker="o", ms=5, mfc="white", ls=":",
                   color="#555555", label="without position 0")
         axis.set(ylabel=_AXIS[name], yscale="log")
         _layer_axis(axis)
-    axes[2].legend(loc="upper left")
+    axes[2].legend(loc="upper left", fontsize=9)
     figure.suptitle(f"{title} · mean over {captured.n_samples} samples of {captured.by_position.shape[2]} tokens")
     return figure
 
@@ -93,42 +97,144 @@ def plot_normalised(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_importance(table: pd.DataFrame, criterion: str, alphas: list[float]) -> Figure:
-    """Rank of every layer (0 is removed first) for several alphas: how the order turns."""
+def plot_sinks(captured: LayerStatistics) -> Figure:
+    """Share of each layer's MSSD that position 0 holds, and that the 0.1 % of tokens with the largest update hold."""
+    mssd = captured.by_position[STATISTICS.index("mssd")]
+    n_layers, seq_len = mssd.shape
     figure, axis = plt.subplots()
-    for shade, alpha in zip(np.linspace(0.75, 0.0, len(alphas)), alphas, strict=True):
-        importance = fuse(*normalise(table, criterion), alpha)
-        ranks = np.argsort(np.argsort(importance, kind="stable"), kind="stable")
-        axis.plot(table["layer_idx"], ranks, marker="o", ms=4, color=str(shade), label=f"α = {alpha:g}")
-    axis.set(ylabel="rank (0 is removed first)", title=f"Ranking by {NAMES[criterion]}")
+    layers = np.arange(n_layers)
+    axis.bar(layers, captured.top_mssd, color="#bbbbbb", label="top 0.1 % of tokens, wherever they are")
+    axis.plot(layers, mssd[:, 0] / mssd.sum(1), MARKERS["mssd"], color=COLOURS["mssd"], label="position 0")
+    axis.axhline(1 / seq_len, ls="--", lw=1, color="#333333", label=f"one position of {seq_len}, if all were equal")
+    axis.set(ylabel="share of the layer's MSSD", ylim=(0, None))
     _layer_axis(axis)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_plane(table: pd.DataFrame, form: str, n_remove: int, alphas: list[float]) -> Figure:
+    """Layers by angle (I_sim) and magnitude (I_diff); for each alpha the line of equal importance that cuts off
+    n_remove layers below it: it turns from upright (alpha 0: angle alone) to level (alpha 1: magnitude alone)."""
+    i_sim, i_diff = normalise(table, form)
+    right = 1.25 * np.quantile(i_sim, 0.8)  # the few layers that turn far more would squeeze all others
+    limits = (0.6 * i_sim.min(), right, i_diff.min() - 0.05 * np.ptp(i_diff), i_diff.max() + 0.05 * np.ptp(i_diff))
+    figure, axis = plt.subplots(figsize=(7.5, 3.7))
+    for layer_idx, (x, y) in enumerate(zip(i_sim, i_diff, strict=True)):
+        inside = x < right
+        axis.plot(min(x, right), y, "o" if inside else ">", ms=5, color=COLOURS[form], clip_on=False)
+        axis.annotate(str(layer_idx), (min(x, right), y), textcoords="offset points",
+                      xytext=(4, 3) if inside else (6, -3), fontsize=8, annotation_clip=False)
+    x = np.linspace(*limits[:2], 200)
+    for dash, alpha in zip(("-", "--", "-.", ":"), alphas, strict=False):
+        ranked = np.sort(fuse(i_sim, i_diff, alpha))
+        cut = ranked[n_remove - 1:n_remove + 1].mean()
+        places = ([cut, cut], limits[2:]) if not alpha else (x, (cut - (1 - alpha) * x) / alpha)
+        axis.plot(*places, ls=dash, color="#333333", lw=1.2, label=f"α = {alpha:g}")
+    axis.axis(limits)
+    axis.set(xlabel="angle, I_sim (▸: farther right than shown)", ylabel="magnitude, I_diff",
+             title=f"{NAMES[form]}: {n_remove} layers lie left of and below each line")
+    axis.legend(loc="center left", bbox_to_anchor=(1.04, 0.5))
+    return figure
+
+
+def plot_lines(table: pd.DataFrame, form: str, n_remove: int, highest_alpha: float = 1.0) -> Figure:
+    """Importance of every layer over alpha: straight lines. Thick: the border above which layers stay; its kinks are
+    where the chosen set changes. What all lines have in common, alpha times the smallest I_diff, is taken off: it
+    changes no rank, and they come apart."""
+    i_sim, i_diff = normalise(table, form)
+    alphas = np.linspace(0, highest_alpha, 801)
+    scores = np.array([fuse(i_sim, i_diff - i_diff.min(), alpha) for alpha in alphas])  # [n_alphas, n_layers]
+    figure, axis = plt.subplots(figsize=(7.5, 3.1))
+    axis.plot(alphas, scores, color="#999999", lw=0.8)
+    for layer_idx in choose_removed(scores[-1], len(i_sim)):
+        axis.annotate(str(layer_idx), (alphas[-1], scores[-1, layer_idx]), textcoords="offset points", xytext=(3, -3),
+                      fontsize=7)
+    axis.plot(alphas, np.sort(scores, 1)[:, n_remove - 1], color=COLOURS[form], lw=2.5)
+    top = np.sort(scores, 1)[:, min(n_remove + 5, len(i_sim) - 1)].max()
+    axis.set(xlabel="α", ylabel="I − α · smallest I_diff", ylim=(scores.min() - 0.02 * top, 1.05 * top),
+             xlim=(0, highest_alpha), title=f"{NAMES[form]}: the {n_remove} layers on and below the thick line go")
+    return figure
+
+
+def plot_alpha_map(path: pd.DataFrame, form: str, best: pd.DataFrame) -> Figure:
+    """Which set alpha chooses, for every alpha and every number of layers: one cell a set, shaded by how many of its
+    layers ShortGPT would keep. The axis of alpha is stretched near 0, where the sets crowd.
+
+    Args:
+        path: of `methods.alpha_path`.
+        best: rows of `choices` for this form: a star on the interval of lowest validation perplexity.
+    """
+    path = path[~path["degenerate"]]
+    at_zero = {row.n_remove: set(row.removed) for row in path[path["low"] == 0].itertuples()}
+    differing = np.array([len(set(row.removed) - at_zero[row.n_remove]) for row in path.itertuples()])
+    figure, axis = plt.subplots(figsize=(8.5, 4.2))
+    colours = plt.get_cmap("cividis_r")
+    most = max(1, differing.max())
+    for row, n in zip(path.itertuples(), differing, strict=True):
+        left, right = np.cbrt([row.low, row.high])
+        axis.barh(row.n_remove, right - left, left=left, height=0.92, color=colours(n / most), edgecolor="white",
+                  linewidth=0.6)
+    alphas = best["alpha"].dropna()
+    axis.plot(np.cbrt(alphas), best.loc[alphas.index, "n_remove"], "*", ms=13, color="white", mec="black",
+              label="lowest validation perplexity")
+    ticks = [0, 0.001, 0.01, 0.05, 0.2, 0.5, 1]
+    axis.set(xticks=np.cbrt(ticks), xticklabels=[f"{tick:g}" for tick in ticks], xlim=(0, 1),
+             ylim=(path["n_remove"].max() + 0.5, 0.5), xlabel="α (0: angle alone, 1: magnitude alone; cube-root axis)",
+             ylabel="layers removed, K")
+    axis.set_title(f"{NAMES[form]}: {len(path)} sets in all, one cell each", loc="left")
+    axis.grid(False)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(plt.cm.ScalarMappable(cmap=colours, norm=plt.Normalize(0, most)), ax=axis,
+                    label="layers of the set that ShortGPT keeps")
+    if len(alphas):
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    return figure
+
+
+def plot_steps(steps: pd.DataFrame, probes: pd.DataFrame, form: str, n_remove: int) -> Figure:
+    """Perplexity over alpha: a step for each set, with its 95 % interval; on top what the ternary search probed."""
+    figure, axis = plt.subplots(figsize=(9, 3.3))
+    colour = COLOURS[form]
+    for row in steps[~steps["degenerate"]].itertuples():
+        ends = np.cbrt([row.low, row.high])
+        axis.fill_between(ends, row.perplexity_low, row.perplexity_high, color=colour, alpha=0.2, lw=0)
+        axis.plot(ends, [row.perplexity] * 2, color=colour, lw=2.5, solid_capstyle="butt")
+    alone = steps[steps["degenerate"]]
+    if len(alone):
+        axis.plot(np.cbrt(alone["low"]), alone["perplexity"], "x", color=colour, label="chosen at a tie alone")
+    for repeated, group in probes.groupby("repeated"):
+        axis.plot(np.cbrt(group["alpha"]), group["perplexity"], MARKERS[form], ms=7, color="black",
+                  mfc="white" if repeated else "black", ls="",
+                  label=f"ternary search: {'set seen before' if repeated else 'new set'} ({len(group)})")
+    best = steps.loc[steps["perplexity"].idxmin()]
+    axis.plot(np.cbrt((best["low"] + best["high"]) / 2), best["perplexity"], "*", ms=16, color="white", mec="black",
+              label=f"lowest step: {best['perplexity']:.1f}")
+    ticks = [0, 0.001, 0.01, 0.05, 0.2, 0.5, 1]
+    axis.set(xticks=np.cbrt(ticks), xticklabels=[f"{tick:g}" for tick in ticks], xlim=(-0.02, 1.02), yscale="log",
+             xlabel="α (cube-root axis)", ylabel="validation perplexity (log scale)",
+             title=f"{NAMES[form]}, {n_remove} layers removed: {len(steps)} sets in all, "
+                   f"{len(probes)} probes of the ternary search")
+    _plain_log_axis(axis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def plot_probes(probes: pd.DataFrame, criterion: str, n_remove: int, at_zero: float) -> Figure:
-    """Perplexity at every alpha that the ternary search tried; hollow where the set had been seen before.
-
-    Args:
-        at_zero: perplexity at alpha 0 (cosine distance alone), a dashed line.
-    """
-    figure, axis = plt.subplots()
-    for repeated, group in probes.groupby("repeated"):
-        axis.plot(group["alpha"], group["perplexity"], MARKERS[criterion], ms=9, color=COLOURS[criterion],
-                  mfc="white" if repeated else COLOURS[criterion],
-                  label="set seen before" if repeated else "new set, evaluated")
-    for step, (alpha, value) in enumerate(zip(probes["alpha"], probes["perplexity"], strict=True)):
-        if step < 6:
-            axis.annotate(str(step + 1), (alpha, value), textcoords="offset points", xytext=(0, 9), ha="center",
-                          fontsize=9)
-    axis.axhline(at_zero, ls="--", color=COLOURS["cosine"], label=f"α = 0, cosine: {at_zero:.1f}")
-    axis.set(xlabel="α (0: direction alone, 1: magnitude alone)", ylabel="validation perplexity (log scale)",
-             xlim=(-0.03, 1.03), yscale="log",
-             title=f"{NAMES[criterion]}, {n_remove} layers removed: {len(probes)} probes, "
-                   f"{int((~probes['repeated']).sum())} sets")
-    axis.margins(y=0.2)
-    _plain_log_axis(axis)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def plot_stability(agreement: pd.DataFrame) -> Figure:
+    """Agreement of two independent calibration draws over their size: of the ranking, and of the chosen set; whiskers:
+    5 and 95 % of the pairs of draws."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
+    for axis, (quantity, label) in zip(axes, (("kendall_tau", "Kendall's tau of the two rankings"),
+                                              ("overlap", "share of layers in common")), strict=True):
+        groups = agreement[agreement["quantity"] == quantity].groupby("criterion", sort=False)
+        for place, (name, rows) in enumerate(groups):
+            beside = 1 + 0.06 * (place - (len(groups) - 1) / 2)  # so that the whiskers do not lie on each other
+            axis.errorbar(rows["n_samples"] * beside, rows["median"], fmt=MARKERS[name], ls=DASHES[name], lw=1,
+                          yerr=[rows["median"] - rows["low"], rows["high"] - rows["median"]], capsize=2,
+                          color=COLOURS[name], label=NAMES[name])
+        axis.set(xscale="log", xlabel="calibration samples in each draw", ylabel=label, ylim=(None, 1.02))
+        axis.set_xticks(sorted(agreement["n_samples"].unique()), labels=sorted(agreement["n_samples"].unique()))
+        axis.minorticks_off()
+    axes[1].legend(loc="lower right")
     return figure
 
 
@@ -136,8 +242,12 @@ def plot_sets(choices: pd.DataFrame, n_layers: int) -> Figure:
     """Which layers each criterion removes, one panel per criterion, one row per number of layers."""
     grid = sorted(choices["n_remove"].unique())
     criteria = list(dict.fromkeys(choices["criterion"]))
-    figure, axes = plt.subplots(1, len(criteria), figsize=(13, 0.9 + 0.34 * len(grid)), sharey=True, squeeze=False)
-    for axis, criterion in zip(axes[0], criteria, strict=True):
+    n_rows = -(-len(criteria) // 3)
+    size = (10, n_rows * (1 + 0.24 * len(grid)))
+    figure, axes = plt.subplots(n_rows, min(3, len(criteria)), figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat[len(criteria):]:
+        axis.set_visible(False)
+    for axis, criterion in zip(axes.flat, criteria, strict=False):
         cells = np.zeros((len(grid), n_layers))
         for row in choices[choices["criterion"] == criterion].itertuples():
             cells[grid.index(row.n_remove), row.removed] = 1
@@ -146,13 +256,14 @@ def plot_sets(choices: pd.DataFrame, n_layers: int) -> Figure:
         axis.set(title=NAMES[criterion], yticks=np.arange(len(grid)) + 0.5, yticklabels=grid,
                  xticks=np.arange(0, n_layers, 5) + 0.5, xticklabels=range(0, n_layers, 5), xlabel="layer index")
         axis.grid(False)
-    axes[0][0].set_ylabel("layers removed")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("layers removed")
     return figure
 
 
 def plot_comparison(table: pd.DataFrame, dense: float, n_blocks: int) -> Figure:
     """Test perplexity over the number of layers removed, one line per criterion."""
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure, axis = plt.subplots(figsize=(9, 4.4))
     for criterion, group in table.groupby("criterion", sort=False):
         axis.plot(group["n_remove"], group["test_perplexity"], marker=MARKERS[criterion], ls=DASHES[criterion],
                   ms=12 if criterion == "cosine" else 7, mfc="white" if criterion == "cosine" else None,

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# keys of methods.METHODS
-CRITERIA = ("cosine", "mssd", "masd", "log-mssd", "relative", "angular", "tail", "portfolio")
+CRITERIA = ("cosine", "mssd", "masd", "log-mssd", "relative", "angular", "tail", "portfolio")  # keys of methods.METHODS
+SEARCHES = ("path", "ternary")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("demo", "published")
 
@@ -43,12 +43,16 @@ class Settings:
     # calibration capture
     n_samples: int = 32
     seq_len: int = 256
-    # criterion: alpha is chosen on the validation split (SimDiff, Algorithm 1)
-    criterion: str = "mssd"
+    # criterion: of several candidate sets, the one of lowest perplexity on the validation split is taken
+    criteria: list[str] = field(default_factory=lambda: ["cosine", "mssd", "masd", "log-mssd", "relative", "portfolio"])
+    criterion: str = "masd"
     alpha: float | str = "auto"
     n_remove_grid: list[int] = field(default_factory=lambda: [3, 6, 8, 9, 12])
-    n_validation: int = 4
-    eps: float = 0.05
+    n_validation: int = 8
+    search: str = "path"
+    exact: bool = False
+    confidence: float = 0.99
+    eps: float = 0.01
     max_iterations: int = 50
     # pruning, reported on the test split
     n_remove: int = 6
@@ -85,6 +89,8 @@ class Settings:
         _require(self.seq_len >= 2, f"seq_len must be at least 2 tokens, got {self.seq_len}.")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
         _require(0 < self.eps < 1, f"eps must lie between 0 and 1, got {self.eps}.")
+        _require(0 < self.confidence < 1, f"confidence must lie between 0 and 1, got {self.confidence}; exact = True "
+                                          "drops nothing early.")
         _require(self.prompt.strip(), f"prompt must hold a word to start from, got {self.prompt!r}.")
         _require(self.n_remove_grid and all(type(k) is int and k >= 1 for k in self.n_remove_grid),
                  f"n_remove_grid must be a list of whole numbers of at least 1, got {self.n_remove_grid}.")
@@ -92,7 +98,10 @@ class Settings:
             _require(self.alpha == "auto", f'alpha must be "auto" or a number in [0, 1], got {self.alpha!r}.')
         else:
             _require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], got {self.alpha}.")
-        for name, choices in (("criterion", CRITERIA), ("dtype", DTYPES), ("train_dtype", DTYPES),
+        unknown = [name for name in self.criteria if name not in CRITERIA]
+        _require(self.criteria and not unknown,
+                 f"criteria must be a list of some of {', '.join(CRITERIA)}; got {self.criteria}.")
+        for name, choices in (("criterion", CRITERIA), ("search", SEARCHES), ("dtype", DTYPES), ("train_dtype", DTYPES),
                               ("speed_dtype", DTYPES), ("preset", PRESETS)):
             _require(getattr(self, name) in choices,
                      f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
@@ -167,9 +176,9 @@ def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
 
 def _check_type(name: str, value: object, annotation: object) -> None:
     words = {int: "a whole number", float: "a number", str: "a text", list[int]: "a list of whole numbers",
-             bool: "true or false", float | str: "a number or a text"}
+             list[str]: "a list of texts", bool: "true or false", float | str: "a number or a text"}
     ok = {int: type(value) is int, float: type(value) in (int, float), str: isinstance(value, str),
-          list[int]: isinstance(value, list), bool: type(value) is bool,
+          list[int]: isinstance(value, list), list[str]: isinstance(value, list), bool: type(value) is bool,
           float | str: type(value) in (int, float, str)}[annotation]
     hint = ""
     if annotation is float and isinstance(value, str):

@@ -1,5 +1,7 @@
 """How much a ranking of the layers owes to the calibration samples that happened to be drawn."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -8,7 +10,7 @@ from simdiff_utils.capture import LayerStatistics
 from simdiff_utils.criteria import FORMS, choose_removed, fuse, normalise
 
 
-def rank_scores(table: dict[str, np.ndarray], criterion: str, alpha: float = 0.5) -> np.ndarray:
+def rank_scores(table: Mapping[str, np.ndarray], criterion: str, alpha: float) -> np.ndarray:
     """Importance per layer, float64 [n_layers]: cosine distance alone, or a form of SimDiff at one alpha."""
     return fuse(*normalise(table, criterion), alpha) if criterion in FORMS else np.asarray(table["cosine_distance"])
 
@@ -20,14 +22,13 @@ def agree(one: np.ndarray, other: np.ndarray, n_remove: int) -> tuple[float, flo
     return float(tau), overlap
 
 
-def measure_stability(captured: LayerStatistics, criteria: list[str], n_remove: int, sizes: list[int],
-                      alpha: float = 0.5, n_draws: int = 200, seed: int = 0) -> pd.DataFrame:
+def measure_stability(captured: LayerStatistics, alphas: Mapping[str, float], n_remove: int, sizes: list[int],
+                      n_draws: int = 200, seed: int = 0) -> pd.DataFrame:
     """Agreement between two calibration draws of equal size, by bootstrap from the samples of one capture.
 
     Args:
-        criteria: `cosine` or forms of SimDiff.
+        alphas: criterion (`cosine` or a form of SimDiff) -> the alpha at which it ranks; cosine distance has none.
         sizes: samples in each draw (drawn with replacement from those captured).
-        alpha: at which the forms are ranked.
 
     Returns:
         one row per (criterion, n_samples, quantity: kendall_tau or overlap): median, low and high (5 and 95 %) over the
@@ -38,7 +39,7 @@ def measure_stability(captured: LayerStatistics, criteria: list[str], n_remove: 
     for size in sizes:
         draws = rng.integers(captured.n_samples, size=(n_draws, 2, size))
         tables = [[captured.table_of(samples) for samples in pair] for pair in draws]
-        for criterion in criteria:
+        for criterion, alpha in alphas.items():
             found = np.array([agree(*(rank_scores(table, criterion, alpha) for table in pair), n_remove)
                               for pair in tables])
             for quantity, values in zip(("kendall_tau", "overlap"), found.T, strict=True):

@@ -1,5 +1,6 @@
 """The chain of a run: each stage is made once for its settings, kept on disk, and read from there ever after."""
 
+import functools
 import hashlib
 import math
 import shutil
@@ -14,11 +15,12 @@ from simdiff_utils.alpha import search_ternary
 from simdiff_utils.capture import LayerStatistics, capture_statistics, measure_capture_memory
 from simdiff_utils.criteria import FORMS, choose_removed, fuse, normalise
 from simdiff_utils.decoder import open_decoder, stream_decoder
+from simdiff_utils.evaluator import Evaluator
 from simdiff_utils.export import export_pruned, export_recovered, refuse_existing, verify_export
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
-from simdiff_utils.methods import METHODS
+from simdiff_utils.methods import METHODS, Candidate, alpha_path
 from simdiff_utils.models import load_model, pick_dtype
-from simdiff_utils.perplexity import block_losses, perplexity
+from simdiff_utils.perplexity import perplexity, perplexity_interval
 from simdiff_utils.recovery import Recipe, alpaca_dataset, block_dataset, recipe_for, train_lora
 from simdiff_utils.results import describe_machine
 from simdiff_utils.runs import RunFolder
@@ -27,9 +29,8 @@ from simdiff_utils.speed import measure_peak_memory, measure_speed, parameters_r
 from simdiff_utils.text import draw_blocks, token_blocks
 from simdiff_utils.weights import weight_files
 
-_COMPARED = ("cosine", "mssd", "masd")
 _CAPTURE = ("dtype", "seed", "seq_len", "n_samples")
-_SEARCH = (*_CAPTURE, "n_validation", "alpha", "eps", "max_iterations")
+_SEARCH = (*_CAPTURE, "n_validation", "alpha", "search", "exact", "confidence", "eps", "max_iterations")
 _PRUNE = (*_SEARCH, "criterion", "n_remove")
 _EXPORT = (*_PRUNE, "n_test")
 _RECOVERY = (*_PRUNE, "preset", "train_data", "learning_rate", "max_steps", "train_dtype")
@@ -60,70 +61,115 @@ class Run(RunFolder):
 
     def losses(self, split: str, removed: frozenset[int] = frozenset()) -> np.ndarray:
         """Losses per block of a split without a set of layers, float64 [n]."""
-        return self.losses_of(split, [removed])[0]
+        return self.evaluator(split).losses([removed])[0]
 
-    def losses_of(self, split: str, sets: list[frozenset[int]]) -> np.ndarray:
-        """Losses of several sets, float64 [n_sets, n]; each is evaluated once, ever, the new ones in one pass."""
-        folder = self._folder(f"losses-{split}", ("dtype", "seq_len", f"n_{split}"))
-        names = {removed: "-".join(["without", *map(str, sorted(removed))]) if removed else "dense" for removed in sets}
-        paths = {removed: folder / f"{name}.json" for removed, name in names.items()}
-        new = tuple(removed for removed, path in paths.items() if not path.exists())
-        if new:
-            losses = block_losses(self.decoder, self.blocks(split), new, self.settings.batch_size)
-            for removed, values in zip(new, losses, strict=True):
-                write_json(paths[removed], {"removed": sorted(removed), "losses": values.tolist()})
-        return np.array([read_json(paths[removed])["losses"] for removed in sets])
+    def evaluator(self, split: str) -> Evaluator:
+        """Losses of any sets of layers on a split; each is computed once, ever."""
+        if split not in self._evaluators:
+            folder = self._folder(f"losses-{split}", ("dtype", "seq_len", f"n_{split}"))
+            self._evaluators[split] = Evaluator(self.decoder, self.blocks(split), self.settings.batch_size, folder)
+        return self._evaluators[split]
 
-    def choices(self, grid: list[int]) -> pd.DataFrame:
-        """Stage criterion: the set that each criterion removes, for each number of layers in `grid`.
+    @functools.cached_property
+    def _evaluators(self) -> dict[str, Evaluator]:
+        return {}
+
+    def choices(self, grid: list[int], criteria: list[str] | None = None) -> pd.DataFrame:
+        """The set that each criterion removes, for each number of layers in `grid`; each is chosen once, ever.
+
+        Args:
+            criteria: names of `methods.METHODS`; None: those of the settings.
 
         Returns:
-            one row per (n_remove, criterion): alpha (NaN for cosine, which has none), removed (sorted list),
-            validation_perplexity, n_probes and n_sets (perplexities asked for, and distinct sets among them).
+            one row per (n_remove, criterion): removed (sorted list), proposed_by (the part of the portfolio),
+            low and high (the interval of alpha that chooses it; NaN where no alpha is involved), alpha (its middle),
+            n_tied, n_candidates (distinct sets compared), n_evaluations (perplexities asked for),
+            validation_perplexity with the ends of its 95 % interval, validation_low and validation_high.
         """
-        table = self.statistics().table()
-        return pd.DataFrame([self._choose(table, criterion, n_remove)
-                             for n_remove in tqdm(grid, desc="choosing", unit="K") for criterion in _COMPARED])
+        folder = self._folder("choices", _SEARCH)
+        wanted = {(n_remove, criterion): folder / f"{criterion}-{n_remove}.json"
+                  for n_remove in grid for criterion in criteria or self.settings.criteria}
+        candidates = {pair: self._candidates(*pair) for pair, path in wanted.items() if not path.exists()}
+        if candidates:
+            evaluator = self.evaluator("validation")
+            race = evaluator.race({pair: [c.removed for c in found] for pair, found in candidates.items()},
+                                  self.settings.confidence, self.settings.exact)
+            for pair, found in candidates.items():
+                winner = next(c for c in found if c.removed == race.winners[pair])
+                losses = evaluator.losses([winner.removed])[0]
+                low, high = perplexity_interval(losses)
+                write_json(wanted[pair], {
+                    "n_remove": pair[0], "criterion": pair[1], "removed": sorted(winner.removed),
+                    "proposed_by": winner.proposed_by, "low": _or_none(winner.low), "high": _or_none(winner.high),
+                    "n_tied": winner.n_tied, "n_candidates": len({c.removed for c in found}),
+                    "n_evaluations": len(found), "validation_perplexity": perplexity(losses), "validation_low": low,
+                    "validation_high": high})
+        table = pd.DataFrame([read_json(path) for path in wanted.values()]).astype({"low": float, "high": float})
+        table.insert(2, "alpha", (table["low"] + table["high"]) / 2)
+        return table
 
-    def _choose(self, table: pd.DataFrame, criterion: str, n_remove: int) -> dict:
-        search = self.probes(criterion, n_remove, table)
-        best = search.loc[search["perplexity"].idxmin()]
-        return {"n_remove": n_remove, "criterion": criterion, "alpha": best["alpha"], "removed": best["removed"],
-                "validation_perplexity": best["perplexity"], "n_probes": len(search),
-                "n_sets": int((~search["repeated"]).sum())}
-
-    def probes(self, criterion: str, n_remove: int, table: pd.DataFrame | None = None) -> pd.DataFrame:
-        """Every alpha that the search for one criterion tried: alpha, perplexity, removed, repeated."""
-        table = self.statistics().table() if table is None else table
-
-        def evaluate(removed: frozenset[int]) -> float:
-            return perplexity(self.losses("validation", removed))
-
-        if criterion in FORMS and self.settings.alpha == "auto":
-            return search_ternary(*normalise(table, criterion), n_remove, evaluate, self.settings.eps,
-                                  self.settings.max_iterations)
-        if criterion in FORMS:
-            alpha = float(self.settings.alpha)
-            sets = [choose_removed(fuse(*normalise(table, criterion), alpha), n_remove)]
+    def _candidates(self, n_remove: int, criterion: str) -> list[Candidate]:
+        """What a criterion proposes; one set where alpha is given, the probes' sets where the search is ternary."""
+        if criterion not in FORMS or (self.settings.alpha == "auto" and self.settings.search == "path"):
+            return METHODS[criterion].propose(self.statistics(), n_remove)
+        if self.settings.alpha == "auto":
+            probes = self.probes(criterion, n_remove)[["alpha", "removed"]].itertuples(index=False)
         else:
-            alpha = float("nan")
-            sets = [candidate.removed for candidate in METHODS[criterion].propose(self.statistics(), n_remove)]
-        losses = self.losses_of("validation", sets)
-        return pd.DataFrame([{"alpha": alpha, "perplexity": perplexity(values), "removed": sorted(removed),
-                              "repeated": False} for removed, values in zip(sets, losses, strict=True)])
+            alpha = float(self.settings.alpha)
+            scores = fuse(*normalise(self.statistics().table(), criterion), alpha)
+            probes = [(alpha, choose_removed(scores, n_remove))]
+        return [Candidate(frozenset(removed), criterion, alpha, alpha) for alpha, removed in probes]
+
+    def probes(self, criterion: str, n_remove: int) -> pd.DataFrame:
+        """Algorithm 1 as published: every alpha that the ternary search tried (see `search_ternary`)."""
+        evaluator = self.evaluator("validation")
+        return search_ternary(*normalise(self.statistics().table(), criterion), n_remove,
+                              lambda removed: perplexity(evaluator.losses([removed])),
+                              self.settings.eps, self.settings.max_iterations)
+
+    def steps(self, criterion: str, n_remove: int) -> pd.DataFrame:
+        """Perplexity over alpha as the step curve it is: the alpha path of a form, every set on every block.
+
+        Returns:
+            the rows of `trace_path` for n_remove, and validation perplexity with its interval: perplexity,
+            perplexity_low, perplexity_high.
+        """
+        path = alpha_path(self.statistics(), criterion)
+        path = path[path["n_remove"] == n_remove].reset_index(drop=True)
+        losses = self.evaluator("validation").losses([frozenset(removed) for removed in path["removed"]])
+        intervals = np.array([perplexity_interval(values) for values in losses])
+        return path.assign(perplexity=[perplexity(values) for values in losses], perplexity_low=intervals[:, 0],
+                           perplexity_high=intervals[:, 1])
 
     def compare(self, grid: list[int]) -> pd.DataFrame:
-        """The choices with their perplexity on the test split, which chose nothing, and its ratio to dense."""
+        """The choices on the test split, which chose nothing, against dense and against cosine distance alone.
+
+        Returns:
+            the rows of `choices`, and: test_perplexity, ratio (to dense), to_cosine (ratio to ShortGPT's perplexity at
+            the same n_remove) with the ends of its paired 95 % bootstrap interval, to_cosine_low and to_cosine_high,
+            and verdict: "same set", "better", "worse", or "no difference shown" where the interval holds 1.
+        """
         table = self.choices(grid)
-        losses = self.losses_of("test", [frozenset(), *map(frozenset, table["removed"])])
-        table["test_perplexity"] = [perplexity(values) for values in losses[1:]]
-        table["ratio"] = table["test_perplexity"] / perplexity(losses[0])
+        shortgpt = {n_remove: self._candidates(n_remove, "cosine")[0].removed for n_remove in grid}
+        sets = [frozenset(removed) for removed in table["removed"]]
+        losses = dict(zip([frozenset(), *shortgpt.values(), *sets], self.evaluator("test").losses(
+            [frozenset(), *shortgpt.values(), *sets]), strict=True))
+        table["test_perplexity"] = [perplexity(losses[removed]) for removed in sets]
+        table["ratio"] = table["test_perplexity"] / perplexity(losses[frozenset()])
+        base = [losses[shortgpt[n_remove]] for n_remove in table["n_remove"]]
+        table["to_cosine"] = [perplexity(losses[removed] - b) for removed, b in zip(sets, base, strict=True)]
+        intervals = np.array([perplexity_interval(losses[removed], b) for removed, b in zip(sets, base, strict=True)])
+        table["to_cosine_low"], table["to_cosine_high"] = intervals.T
+        table["verdict"] = [
+            "same set" if removed == shortgpt[n_remove] else "better" if high < 1 else "worse" if low > 1 else
+            "no difference shown"
+            for removed, n_remove, (low, high) in zip(sets, table["n_remove"], intervals, strict=True)]
         return table
 
     def chosen(self) -> dict:
         """What `settings.criterion` chooses for `settings.n_remove`: a row of `choices`."""
         check_n_remove(self.settings.n_remove, self.n_layers)
-        return self._choose(self.statistics().table(), self.settings.criterion, self.settings.n_remove)
+        return self.choices([self.settings.n_remove], [self.settings.criterion]).iloc[0].to_dict()
 
     def removed(self) -> frozenset[int]:
         """The set that `settings.criterion` removes for `settings.n_remove`."""
@@ -173,8 +219,8 @@ class Run(RunFolder):
         s, chosen, table = self.settings, self.chosen(), self.statistics().table()
         alpha = None if math.isnan(chosen["alpha"]) else chosen["alpha"]
         scores = (table["cosine_distance"] if alpha is None else
-                  pd.Series(fuse(*normalise(table, s.criterion), alpha)))
-        dense, pruned = map(perplexity, self.losses_of("test", [frozenset(), frozenset(chosen["removed"])]))
+                  pd.Series(fuse(*normalise(table, chosen["proposed_by"]), alpha)))
+        dense, pruned = map(perplexity, self.evaluator("test").losses([frozenset(), frozenset(chosen["removed"])]))
         n_tokens = s.n_test * (s.seq_len - 1)
         calibration = self.blocks("train")
         return {
@@ -234,3 +280,8 @@ class Run(RunFolder):
             return {"memory": memory, "dtype": str(dtype).removeprefix("torch."),
                     "parameters_read_per_token": {n: parameters_read_per_token(m) for n, m in models.items()}}
         return self._stage("speed", _SPEED, make)
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

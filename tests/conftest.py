@@ -1,8 +1,10 @@
 """What the tests share: tiny random models of many families, a tiny tokenizer, token ids. No network."""
 
 import copy
+import json
 import os
 import re
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may ask the hub
 
@@ -141,3 +143,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, VOCAB_SIZE)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, make_tiny, tokenizer) -> Path:
+    """A folder with a model of 6 layers and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A file of 60 documents that the tiny tokenizer knows."""
+    path = tmp_path_factory.mktemp("texts") / "rows.jsonl"
+    rows = [{"text": " ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(80))} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path

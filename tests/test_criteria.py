@@ -124,6 +124,12 @@ def test_the_sigmoid_saturates_in_silence_and_is_counted():
     assert count_saturated(np.array([0.0, 36.0, 37.0, 1e6])) == 2
 
 
+@pytest.mark.parametrize(("dtype", "below", "above"), [
+    (torch.float64, 36.7, 36.8), (torch.float32, 16.6, 16.7), (torch.bfloat16, 6.1, 6.3), (torch.float16, 8.2, 8.4)])
+def test_saturation_begins_earlier_in_a_shorter_dtype(dtype, below, above):
+    assert count_saturated(np.array([below, above]), dtype) == 1
+
+
 @given(scores, alphas)
 def test_importance_is_the_weighted_sum_of_both_parts(i_sim, alpha):
     i_diff = i_sim[::-1] * 5

@@ -321,3 +321,10 @@ def test_greedy_refuses_more_layers_than_there_are(llama, blocks, computed, n_re
     with pytest.raises(SimDiffError, match=f"remove {n_remove} of 6 layers while {len(protected)} are protected"):
         greedy(Evaluator(Decoder(llama), blocks), n_remove, frozenset(protected))
     assert not computed
+
+
+def test_a_group_without_candidates_is_refused(made_up):
+    evaluator, cells = made_up({NAMES[0]: np.zeros(8)})
+    with pytest.raises(SimDiffError, match="no candidate set in group 'b'"):
+        evaluator.race({"a": [NAMES[0]], "b": []})
+    assert not cells

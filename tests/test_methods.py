@@ -5,7 +5,7 @@ import pytest
 
 from simdiff_utils.capture import LayerStatistics
 from simdiff_utils.criteria import FORMS
-from simdiff_utils.methods import METHODS, N_BLOCKS, alpha_path
+from simdiff_utils.methods import METHODS, N_BLOCKS, alpha_path, summarise_forms
 from simdiff_utils.settings import CRITERIA
 
 N_LAYERS, N_SAMPLES, SEQ_LEN = 8, 4, 10
@@ -125,3 +125,18 @@ def test_a_set_in_the_portfolio_is_its_first_proposers(statistics):
         assert first[cosine].proposed_by == FORMS[0]
         for candidate in METHODS[FORMS[0]].propose(statistics, n_remove):
             assert first[candidate.removed] == candidate
+
+
+def test_a_form_is_called_shortgpt_only_where_it_chooses_nothing_else():
+    statistics = make_statistics()
+    grid = [2, 4]
+    summary = summarise_forms(statistics, grid).set_index("form")
+    assert list(summary.index) == list(FORMS) and not summary["saturated"].any()
+    for form in FORMS:
+        sets = [proposed(form, statistics, n_remove) for n_remove in grid]
+        assert [summary.loc[form, f"sets, K={k}"] for k in grid] == [len(found) for found in sets]
+        assert summary.loc[form, "shortgpt"] == all(len(found) == 1 for found in sets)
+    statistics.by_position[1] += 40  # every sigmoid of MSSD is 1; log MSSD and the others still tell layers apart
+    summary = summarise_forms(statistics, grid).set_index("form")
+    assert summary.loc["mssd", "saturated"] == N_LAYERS and summary.loc["mssd", "shortgpt"]
+    assert not summary.loc["log-mssd", "shortgpt"] and summary.loc["log-mssd", "saturated"] == 0

@@ -85,22 +85,6 @@ def test_a_mutated_number_in_a_checked_cell_is_seen(notebook, tmp_path):
     assert "1 failed" in done.stdout and "mismatch 'stdout'" in done.stdout, done.stdout[-3000:]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory, make_tiny, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "rows.jsonl"
-    rows = [{"text": " ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(80))} for i in range(60)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
 def run_papermill(number: str, tmp_path: Path, *parameters: str, **environment: str) -> subprocess.CompletedProcess:
     (notebook,) = [path for path in NOTEBOOKS if path.stem.startswith(number)]
     result = tmp_path / "result.json"
@@ -113,8 +97,9 @@ def run_papermill(number: str, tmp_path: Path, *parameters: str, **environment: 
 @pytest.mark.slow
 def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, tmp_path):
     """Snakemake, papermill, all five notebooks, a model and a text of the user's own."""
-    settings = dict(n_samples=4, seq_len=16, n_validation=2, n_test=2, n_remove_grid="[1,2]", prefill_len=8,
-                    n_new_tokens=4, n_repeats=2, max_steps=2, learning_rate=0.02, eps=0.2, prompt="w1 w2")
+    settings = dict(n_samples=4, seq_len=16, n_validation=2, n_test=2, n_remove_grid="[1,2]",
+                    criteria="[cosine,masd,portfolio]", prefill_len=8, n_new_tokens=4, n_repeats=2,
+                    max_steps=2, learning_rate=0.02, eps=0.2, prompt="w1 w2")
     done = run_command([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "all", "--config",
                         f"model={tiny_model}", f"text={tiny_text}", "n_remove=[1,2]", "criterion=masd",
                         "recovery=true", "speed=true", *(f"{name}={value}" for name, value in settings.items())],

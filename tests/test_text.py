@@ -86,7 +86,7 @@ def test_drawn_blocks_are_different_ordered_and_repeatable(n_blocks, data):
     assert drawn.shape == (n, 3) and positions == sorted(set(positions))
     assert torch.equal(drawn, text.draw_blocks(blocks, n, seed))
     if seed is None:
-        gaps = [b - a for a, b in zip(positions, positions[1:])]
+        gaps = [b - a for a, b in zip(positions, positions[1:], strict=False)]
         assert not gaps or max(gaps) - min(gaps) <= 1
         assert abs(positions[0] - (n_blocks - 1 - positions[-1])) <= 1  # as far from the start as from the end
 
