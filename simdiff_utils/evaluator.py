@@ -5,7 +5,9 @@ slice of the blocks and drops those that are behind by more than chance; what is
 """
 
 import hashlib
+import json
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import read_json, write_json
 from simdiff_utils.perplexity import block_losses
 from simdiff_utils.settings import SimDiffError
+from simdiff_utils.surgery import Merge, layers_merged
 
 Removed = frozenset[int]
 
@@ -37,12 +40,17 @@ class Evaluator:
         cost: of all that was computed here; what was read from the folder costs nothing.
     """
 
-    def __init__(self, decoder: Decoder, blocks: Tensor, batch_size: int = 2, folder: Path | None = None) -> None:
+    def __init__(self, decoder: Decoder, blocks: Tensor, batch_size: int = 2, folder: Path | None = None,
+                 merges: tuple[Merge, ...] = ()) -> None:
         """Take a model and token ids [n_blocks, seq_len]; losses are kept in `folder`, a file per set.
 
         The folder belongs to this model and these blocks: the caller names it after both.
+
+        Args:
+            merges: weights merged before any layer is left out, see `surgery.layers_merged`.
         """
         self._decoder, self._blocks, self._batch_size, self._folder = decoder, blocks, batch_size, folder
+        self._merges = merges
         self._known: dict[Removed, np.ndarray] = {}
         self.cost = Cost()
 
@@ -55,6 +63,14 @@ class Evaluator:
     def n_blocks(self) -> int:
         """Blocks in all."""
         return len(self._blocks)
+
+    def merged(self, merges: tuple[Merge, ...]) -> "Evaluator":
+        """The same for the model with some layers' weights merged."""
+        if not merges:
+            return self
+        name = "merged-" + hashlib.sha256(json.dumps(merges).encode()).hexdigest()[:12]
+        return Evaluator(self._decoder, self._blocks, self._batch_size, self._folder and self._folder / name,
+                         (*self._merges, *merges))
 
     def losses(self, sets: Iterable[Removed], which: np.ndarray | None = None) -> np.ndarray:
         """Mean loss of every block without each set of layers, in nats per token.
@@ -134,7 +150,8 @@ class Evaluator:
         def count(_layer_idx: int, before: Tensor, _after: Tensor) -> None:
             self.cost.layer_tokens += before.shape[0] * before.shape[1]
 
-        losses = block_losses(self._decoder, self._blocks[blocks], sets, self._batch_size, observe=count)
+        with layers_merged(self._decoder.model, self._merges) if self._merges else nullcontext():
+            losses = block_losses(self._decoder, self._blocks[blocks], sets, self._batch_size, observe=count)
         self.cost.head_tokens += len(sets) * len(blocks) * (self._blocks.shape[1] - 1)
         for removed, values in zip(sets, losses, strict=True):
             self._known[removed][blocks] = values

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -17,12 +18,16 @@ from simdiff_utils.methods import METHODS
 NAMES = {"dense": "dense", "pruned": "pruned", "recovered": "recovered",
          **{name: method.label for name, method in METHODS.items()}}
 COLOURS = {"dense": "#333333", "cosine": "#E69F00", "mssd": "#0072B2", "masd": "#009E73", "log-mssd": "#56B4E9",
-           "relative": "#D55E00", "angular": "#F0E442", "tail": "#999999", "portfolio": "#CC79A7",
-           "pruned": "#D55E00", "recovered": "#CC79A7"}
-MARKERS = {"dense": "D", "cosine": "o", "mssd": "s", "masd": "^", "log-mssd": "v", "relative": "P", "angular": "d",
-           "tail": "<", "portfolio": "*", "pruned": "v", "recovered": "P"}
-DASHES = {"cosine": "-", "mssd": "--", "masd": "-.", "log-mssd": ":", "relative": (0, (5, 1)), "angular": (0, (1, 1)),
-          "tail": (0, (3, 1, 1, 1)), "portfolio": "-"}
+           "relative": "#D55E00", "portfolio": "#CC79A7", "angular": "#F0E442", "tail": "#999999", "random": "#999999",
+           "magnitude": "#999999", "taylor": "#777777", "one-shot": "#777777", "sleb": "#000000", "window": "#777777",
+           "entrodrop": "#777777", "laco": "#999999", "pruned": "#D55E00", "recovered": "#CC79A7"}
+MARKERS = {"dense": "D", "cosine": "o", "mssd": "s", "masd": "^", "log-mssd": "v", "relative": "P", "portfolio": "*",
+           "angular": "d", "tail": "<", "random": ".", "magnitude": "x", "taylor": "+", "one-shot": "1", "sleb": "X",
+           "window": "p", "entrodrop": "h", "laco": ">", "pruned": "v", "recovered": "P"}
+_DOTTED, _DASHDOT = (0, (1, 1)), (0, (3, 1, 1, 1))
+DASHES = {"cosine": "-", "mssd": "--", "masd": "-.", "log-mssd": ":", "relative": (0, (5, 1)), "portfolio": "-",
+          "angular": _DOTTED, "tail": _DASHDOT, "random": _DOTTED, "magnitude": _DASHDOT, "taylor": ":",
+          "one-shot": (0, (5, 1)), "sleb": "-", "window": "--", "entrodrop": "-.", "laco": _DOTTED}
 _AXIS = {"cosine_distance": "cosine distance (Eq. 2)", "mssd": "MSSD, activation² (Eq. 3)",
          "masd": "MASD, activation (Eq. 4)", "relative_update": "relative update (ours)"}
 _COLOUR_OF = {"cosine_distance": "cosine", "mssd": "mssd", "masd": "masd", "relative_update": "relative"}
@@ -214,7 +219,7 @@ def plot_steps(steps: pd.DataFrame, probes: pd.DataFrame, form: str, n_remove: i
              xlabel="α (cube-root axis)", ylabel="validation perplexity (log scale)",
              title=f"{NAMES[form]}, {n_remove} layers removed: {len(steps)} sets in all, "
                    f"{len(probes)} probes of the ternary search")
-    _plain_log_axis(axis)
+    plain_log_axis(axis.yaxis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -271,7 +276,7 @@ def plot_comparison(table: pd.DataFrame, dense: float, n_blocks: int) -> Figure:
     axis.axhline(dense, color=COLOURS["dense"], lw=1.2, ls=":", label=f"dense, {dense:.1f}")
     axis.set(xlabel="layers removed", ylabel="test perplexity (log scale)", yscale="log",
              title=f"Perplexity on {n_blocks} blocks of the test split")
-    _plain_log_axis(axis)
+    plain_log_axis(axis.yaxis)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return figure
@@ -326,7 +331,8 @@ def _layer_axis(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _plain_log_axis(axis: Axes) -> None:
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+def plain_log_axis(axis: Axis) -> None:
+    """Numbers such as 200 and 5,000 on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())

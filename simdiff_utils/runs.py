@@ -106,8 +106,14 @@ class RunFolder:
         return results.runs_root() / f"{slug}-{self.checkpoint.sha256[:8]}"
 
     def _folder(self, stage: str, names: tuple[str, ...]) -> Path:
-        key = self.settings.key(names, model=self.checkpoint.sha256, text=self.corpus.sha256, code=code_digest())
-        return self.folder / f"{stage}-{key}"
+        return self.folder / f"{stage}-{self._key(names, text=self.corpus.sha256)}"
+
+    def _key(self, names: tuple[str, ...], **identity: str) -> str:
+        return self.settings.key(names, model=self.checkpoint.sha256, **identity, **self._made_by())
+
+    def _made_by(self) -> dict[str, str]:
+        """What makes the results, as it enters the names of their folders: this package's code."""
+        return {"code": code_digest()}
 
     def _stage(self, stage: str, names: tuple[str, ...], make: Callable[[Path], dict]) -> Path:
         """Folder of a stage, made by `make` (which returns its facts) if it is not there yet."""
@@ -137,7 +143,7 @@ class RunFolder:
             tables, figures: name -> data frame, name -> matplotlib figure.
         """
         names = tuple(sorted(set(asdict(self.settings)) - _HOW_NOT_WHAT))
-        target = self._folder(notebook, names)
+        target = self.folder / f"{notebook}-{self._key(names, text=self.corpus.sha256)}"
         with write_whole(target) as partial:
             partial.mkdir()
             for name, table in tables.items():
@@ -159,6 +165,6 @@ def code_digest() -> str:
     """Hash of this package's code, so that results of older code are never taken for today's (pictures aside)."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name != "plots.py":
+        if not path.name.startswith("plots"):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -7,10 +7,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CRITERIA = ("cosine", "mssd", "masd", "log-mssd", "relative", "angular", "tail", "portfolio")  # keys of methods.METHODS
+CRITERIA = ("cosine", "mssd", "masd", "log-mssd", "relative", "portfolio", "angular", "tail", "random", "magnitude",
+            "taylor", "one-shot", "sleb", "window", "entrodrop", "laco")  # keys of methods.METHODS
 SEARCHES = ("path", "ternary")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("demo", "published")
+TASK_SUITES = ("zero_shot", "nlu")  # keys of tasks.SUITES
 
 
 class SimDiffError(ValueError):
@@ -74,6 +76,17 @@ class Settings:
     prompt_len: int = 4
     n_new_tokens: int = 32
     n_repeats: int = 5
+    # comparison: every method on WikiText-2's test split, some in lm-eval
+    measure: bool = False
+    data_folder: str = ""
+    window_len: int = 2048
+    n_windows: int = 64
+    suite: str = "zero_shot"
+    task_criteria: list[str] = field(default_factory=lambda: ["cosine", "mssd", "masd", "sleb", "portfolio"])
+    task_grid: list[int] = field(default_factory=lambda: [3, 6])
+    task_limit: int = 200
+    n_stories: int = 100
+    chat_template: bool = False
     # batch runs: where the last cell writes its proof of success ("" = nowhere)
     result_file: str = ""
 
@@ -84,28 +97,31 @@ class Settings:
             if type(value) is int and f.type is not int:  # 1 and 1.0 are one setting and must hash alike
                 object.__setattr__(self, f.name, float(value))
         for name in ("n_samples", "n_validation", "n_test", "batch_size", "n_remove", "max_iterations",
-                     "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats"):
+                     "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats", "n_windows"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
-        _require(self.seq_len >= 2, f"seq_len must be at least 2 tokens, got {self.seq_len}.")
+        for name in ("seq_len", "window_len"):
+            _require(getattr(self, name) >= 2, f"{name} must be at least 2 tokens, got {getattr(self, name)}.")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
         _require(0 < self.eps < 1, f"eps must lie between 0 and 1, got {self.eps}.")
         _require(0 < self.confidence < 1, f"confidence must lie between 0 and 1, got {self.confidence}; exact = True "
                                           "drops nothing early.")
         _require(self.prompt.strip(), f"prompt must hold a word to start from, got {self.prompt!r}.")
-        _require(self.n_remove_grid and all(type(k) is int and k >= 1 for k in self.n_remove_grid),
-                 f"n_remove_grid must be a list of whole numbers of at least 1, got {self.n_remove_grid}.")
+        for name, numbers in (("n_remove_grid", self.n_remove_grid), ("task_grid", self.task_grid or [1])):  # [] is none
+            _require(numbers and all(type(k) is int and k >= 1 for k in numbers),
+                     f"{name} must be a list of whole numbers of at least 1, got {numbers}.")
         if isinstance(self.alpha, str):
             _require(self.alpha == "auto", f'alpha must be "auto" or a number in [0, 1], got {self.alpha!r}.')
         else:
             _require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], got {self.alpha}.")
-        unknown = [name for name in self.criteria if name not in CRITERIA]
-        _require(self.criteria and not unknown,
-                 f"criteria must be a list of some of {', '.join(CRITERIA)}; got {self.criteria}.")
+        for name, criteria in (("criteria", self.criteria), ("task_criteria", self.task_criteria or ["cosine"])):
+            _require(criteria and set(criteria) <= set(CRITERIA),
+                     f"{name} must be a list of some of {', '.join(CRITERIA)}; got {criteria}.")
         for name, choices in (("criterion", CRITERIA), ("search", SEARCHES), ("dtype", DTYPES), ("train_dtype", DTYPES),
-                              ("speed_dtype", DTYPES), ("preset", PRESETS)):
+                              ("speed_dtype", DTYPES), ("preset", PRESETS), ("suite", TASK_SUITES)):
             _require(getattr(self, name) in choices,
                      f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        for name in ("max_perplexity_ratio", "learning_rate", "max_steps", "memory_gib"):
+        for name in ("max_perplexity_ratio", "learning_rate", "max_steps", "memory_gib", "task_limit",
+                     "n_stories"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 (off) or more, got {getattr(self, name)}.")
 
     def key(self, names: tuple[str, ...], **identity: str) -> str:

@@ -18,7 +18,7 @@ from simdiff_utils.decoder import open_decoder, stream_decoder
 from simdiff_utils.evaluator import Evaluator
 from simdiff_utils.export import export_pruned, export_recovered, refuse_existing, verify_export
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
-from simdiff_utils.methods import METHODS, Candidate, alpha_path
+from simdiff_utils.methods import METHODS, Candidate, Evidence, alpha_path, count_passes
 from simdiff_utils.models import load_model, pick_dtype
 from simdiff_utils.perplexity import perplexity, perplexity_interval
 from simdiff_utils.recovery import Recipe, alpaca_dataset, block_dataset, recipe_for, train_lora
@@ -83,8 +83,9 @@ class Run(RunFolder):
         Returns:
             one row per (n_remove, criterion): removed (sorted list), proposed_by (the part of the portfolio),
             low and high (the interval of alpha that chooses it; NaN where no alpha is involved), alpha (its middle),
-            n_tied, n_candidates (distinct sets compared), n_evaluations (perplexities asked for),
-            validation_perplexity with the ends of its 95 % interval, validation_low and validation_high.
+            n_tied, merges (LaCo alone), n_candidates (distinct sets compared), n_passes (see `count_passes`),
+            n_evaluations (perplexities asked for), validation_perplexity with the ends of its 95 % interval,
+            validation_low and validation_high.
         """
         folder = self._folder("choices", _SEARCH)
         wanted = {(n_remove, criterion): folder / f"{criterion}-{n_remove}.json"
@@ -92,16 +93,17 @@ class Run(RunFolder):
         candidates = {pair: self._candidates(*pair) for pair, path in wanted.items() if not path.exists()}
         if candidates:
             evaluator = self.evaluator("validation")
-            race = evaluator.race({pair: [c.removed for c in found] for pair, found in candidates.items()},
-                                  self.settings.confidence, self.settings.exact)
+            race = evaluator.race({pair: [c.removed for c in found] for pair, found in candidates.items()
+                                   if not found[0].merges}, self.settings.confidence, self.settings.exact)
             for pair, found in candidates.items():
-                winner = next(c for c in found if c.removed == race.winners[pair])
-                losses = evaluator.losses([winner.removed])[0]
+                winner = next(c for c in found if c.merges or c.removed == race.winners[pair])
+                losses = evaluator.merged(winner.merges).losses([winner.removed])[0]
                 low, high = perplexity_interval(losses)
                 write_json(wanted[pair], {
                     "n_remove": pair[0], "criterion": pair[1], "removed": sorted(winner.removed),
                     "proposed_by": winner.proposed_by, "low": _or_none(winner.low), "high": _or_none(winner.high),
-                    "n_tied": winner.n_tied, "n_candidates": len({c.removed for c in found}),
+                    "n_tied": winner.n_tied, "merges": winner.merges, "n_candidates": len({c.removed for c in found}),
+                    "n_passes": count_passes(METHODS[pair[1]], found, self.n_layers, pair[0]),
                     "n_evaluations": len(found), "validation_perplexity": perplexity(losses), "validation_low": low,
                     "validation_high": high})
         table = pd.DataFrame([read_json(path) for path in wanted.values()]).astype({"low": float, "high": float})
@@ -111,7 +113,7 @@ class Run(RunFolder):
     def _candidates(self, n_remove: int, criterion: str) -> list[Candidate]:
         """What a criterion proposes; one set where alpha is given, the probes' sets where the search is ternary."""
         if criterion not in FORMS or (self.settings.alpha == "auto" and self.settings.search == "path"):
-            return METHODS[criterion].propose(self.statistics(), n_remove)
+            return METHODS[criterion].propose(self.evidence(), n_remove)
         if self.settings.alpha == "auto":
             probes = self.probes(criterion, n_remove)[["alpha", "removed"]].itertuples(index=False)
         else:
@@ -119,6 +121,12 @@ class Run(RunFolder):
             scores = fuse(*normalise(self.statistics().table(), criterion), alpha)
             probes = [(alpha, choose_removed(scores, n_remove))]
         return [Candidate(frozenset(removed), criterion, alpha, alpha) for alpha, removed in probes]
+
+    def evidence(self) -> Evidence:
+        """What methods may look at; model and validation text are loaded when one does."""
+        return Evidence(self.statistics(), lambda: self.decoder, lambda: self.blocks("train"),
+                        lambda: self.evaluator("validation"), self.settings.seed, self.settings.confidence,
+                        self.settings.exact)
 
     def probes(self, criterion: str, n_remove: int) -> pd.DataFrame:
         """Algorithm 1 as published: every alpha that the ternary search tried (see `search_ternary`)."""
@@ -151,19 +159,21 @@ class Run(RunFolder):
         """
         table = self.choices(grid)
         shortgpt = {n_remove: self._candidates(n_remove, "cosine")[0].removed for n_remove in grid}
-        sets = [frozenset(removed) for removed in table["removed"]]
-        losses = dict(zip([frozenset(), *shortgpt.values(), *sets], self.evaluator("test").losses(
-            [frozenset(), *shortgpt.values(), *sets]), strict=True))
-        table["test_perplexity"] = [perplexity(losses[removed]) for removed in sets]
-        table["ratio"] = table["test_perplexity"] / perplexity(losses[frozenset()])
-        base = [losses[shortgpt[n_remove]] for n_remove in table["n_remove"]]
-        table["to_cosine"] = [perplexity(losses[removed] - b) for removed, b in zip(sets, base, strict=True)]
-        intervals = np.array([perplexity_interval(losses[removed], b) for removed, b in zip(sets, base, strict=True)])
+        models = list(zip(table["merges"], map(frozenset, table["removed"]), strict=True))
+        test = self.evaluator("test")
+        plain = [frozenset(), *shortgpt.values(), *(removed for merges, removed in models if not merges)]
+        known = dict(zip(plain, test.losses(plain), strict=True))  # all in one pass
+        losses = [test.merged(merges).losses([removed])[0] for merges, removed in models]
+        table["test_perplexity"] = [perplexity(values) for values in losses]
+        table["ratio"] = table["test_perplexity"] / perplexity(known[frozenset()])
+        base = [known[shortgpt[n_remove]] for n_remove in table["n_remove"]]
+        table["to_cosine"] = [perplexity(values - b) for values, b in zip(losses, base, strict=True)]
+        intervals = np.array([perplexity_interval(values, b) for values, b in zip(losses, base, strict=True)])
         table["to_cosine_low"], table["to_cosine_high"] = intervals.T
         table["verdict"] = [
-            "same set" if removed == shortgpt[n_remove] else "better" if high < 1 else "worse" if low > 1 else
+            "same set" if model == ([], shortgpt[n_remove]) else "better" if high < 1 else "worse" if low > 1 else
             "no difference shown"
-            for removed, n_remove, (low, high) in zip(sets, table["n_remove"], intervals, strict=True)]
+            for model, n_remove, (low, high) in zip(models, table["n_remove"], intervals, strict=True)]
         return table
 
     def chosen(self) -> dict:
@@ -172,8 +182,12 @@ class Run(RunFolder):
         return self.choices([self.settings.n_remove], [self.settings.criterion]).iloc[0].to_dict()
 
     def removed(self) -> frozenset[int]:
-        """The set that `settings.criterion` removes for `settings.n_remove`."""
-        return frozenset(self.chosen()["removed"])
+        """The set that `settings.criterion` removes for `settings.n_remove`; the layers that stay are unchanged."""
+        chosen = self.chosen()
+        if chosen["merges"]:
+            raise SimDiffError(f"{self.settings.criterion} changes the weights of layers that stay, and only unchanged "
+                               "ones are exported; notebook 06 measures it: choose another criterion.")
+        return frozenset(chosen["removed"])
 
     def check_room(self) -> None:
         """Refuse, before any work, an export that the disk cannot hold or that would overwrite something."""
@@ -218,15 +232,18 @@ class Run(RunFolder):
         """What `pruning.json` and the model card say of the set chosen; test perplexity chose nothing."""
         s, chosen, table = self.settings, self.chosen(), self.statistics().table()
         alpha = None if math.isnan(chosen["alpha"]) else chosen["alpha"]
-        scores = (table["cosine_distance"] if alpha is None else
-                  pd.Series(fuse(*normalise(table, chosen["proposed_by"]), alpha)))
+        scores = []  # of a method that scores no layers, or none that are comparable
+        if alpha is not None:
+            scores = fuse(*normalise(table, chosen["proposed_by"]), alpha).tolist()
+        elif s.criterion == "cosine":
+            scores = table["cosine_distance"].tolist()
         dense, pruned = map(perplexity, self.evaluator("test").losses([frozenset(), frozenset(chosen["removed"])]))
         n_tokens = s.n_test * (s.seq_len - 1)
         calibration = self.blocks("train")
         return {
             "model": self.checkpoint.label, "source": self.checkpoint.hub_id or self.checkpoint.folder.name,
             "hub_id": self.checkpoint.hub_id,
-            "criterion": s.criterion, "alpha": alpha, "scores": scores.tolist(),
+            "criterion": s.criterion, "alpha": alpha, "scores": scores,
             "statistics": table.to_dict(orient="list"),
             "calibration": f"{s.n_samples} samples of {s.seq_len} tokens of {self.corpus.label}",
             "calibration_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),

@@ -18,6 +18,7 @@ from simdiff_utils.settings import SimDiffError, check_removed, one_line
 from simdiff_utils.weights import skeleton
 
 Renumbering = list[tuple[nn.Module, str, int]]  # module, attribute, its new value
+Merge = tuple[int, tuple[int, ...]]  # a layer that stays, and the layers whose weights are folded into it
 
 
 @contextmanager
@@ -46,6 +47,39 @@ def layers_removed(model: PreTrainedModel, removed: frozenset[int]) -> Iterator[
             restore.callback(vars(config).update, dict(vars(config)))
             _cut(config, kept)
         yield model
+
+
+@contextmanager
+def layers_merged(model: PreTrainedModel, merges: tuple[Merge, ...]) -> Iterator[None]:
+    """The weights of some layers merged, one merge after another, for as long as a `with` block lasts (LaCo's rule).
+
+    Layer l gets theta_l + sum over the folded layers of (theta_{l+k} - theta_l), norms and biases too; a folded layer
+    that took part in an earlier merge comes with its weights of then. No layer is taken out here.
+
+    Args:
+        model: the dense model in memory, changed in place and restored to the last bit.
+        merges: original 0-based indices.
+
+    Raises:
+        SimDiffError: the layers are not built alike, or the weights are streamed from disk.
+    """
+    layers = decoder_layers(model)
+    with ExitStack() as restore, torch.no_grad():
+        for stays, folded in merges:
+            names, mine = zip(*layers[stays].named_parameters(), strict=True)
+            others = [dict(layers[layer_idx].named_parameters()) for layer_idx in folded]
+            if any(parameter.is_meta for parameter in mine):
+                raise SimDiffError("merging layers changes weights and needs the model in memory: raise memory_gib.")
+            if any(other.keys() != set(names) or other[name].shape != parameter.shape
+                   for other in others for name, parameter in zip(names, mine, strict=True)):
+                raise SimDiffError(f"layers {sorted({stays, *folded})} of {type(model).__name__} are not built alike "
+                                   "and cannot be merged; use a method that only removes layers.")
+            for name, parameter in zip(names, mine, strict=True):
+                before = parameter.detach().clone()
+                restore.callback(parameter.data.copy_, before)
+                theta = before.float()
+                parameter.copy_(theta + sum(other[name].to(theta) - theta for other in others))
+        yield
 
 
 def keep(removed: frozenset[int], n_layers: int) -> list[int]:

@@ -66,6 +66,27 @@ def load_corpus(text: str) -> Corpus:
                        f"({', '.join(SUFFIXES)}) or a hub data set as org/name.")
 
 
+def load_wikitext2_test(data_folder: str = "") -> list[str]:
+    """The rows of WikiText-2's raw test split, as the hub has them: a line each, "" for a blank one.
+
+    Joined by blank lines they are the text whose perplexity GPTQ, SparseGPT, SliceGPT and SimDiff report.
+
+    Args:
+        data_folder: a folder with `wikitext2/wiki.test.raw.gz` (or without `.gz`); "" asks the hub.
+
+    Raises:
+        SimDiffError: the folder has no such file, or the hub cannot be reached.
+    """
+    if not data_folder:
+        return load_corpus("wikitext2").documents["test"]
+    places = [Path(data_folder).expanduser() / "wikitext2" / name for name in ("wiki.test.raw.gz", "wiki.test.raw")]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        raise SimDiffError(f"there is no wikitext2/wiki.test.raw.gz in {data_folder}: put it there, or leave data_folder "
+                           "empty where the hub can be reached.")
+    return [f"{line}\n" if line.strip() else "" for line in _read_text(path).removesuffix("\n").split("\n")]
+
+
 def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTensor:
     """Cut a text into blocks of equal length, every position of which is counted.
 
@@ -170,12 +191,17 @@ def _find_file(text: str) -> Path | None:
 
 
 def _read_file(path: Path) -> dict[str, list[str]]:
+    content = _read_text(path)
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        return _split_rows([_read_row(line, f"line {i} of {path.name}")
+                            for i, line in enumerate(content.split("\n"), start=1) if line.strip()])
+    return _split_characters(content)
+
+
+def _read_text(path: Path) -> str:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            if path.name.removesuffix(".gz").endswith(".jsonl"):
-                return _split_rows([_read_row(line, f"line {i} of {path.name}")
-                                    for i, line in enumerate(file, start=1) if line.strip()])
-            return _split_characters(file.read())
+            return file.read()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise SimDiffError(f"cannot read {path.name} as UTF-8 text ({error}).") from error
 

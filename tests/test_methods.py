@@ -23,7 +23,7 @@ def make_statistics(seed=0):
 
 
 def proposed(method, statistics, n_remove):
-    return [candidate.removed for candidate in METHODS[method].propose(statistics, n_remove)]
+    return [candidate.removed for candidate in METHODS[method].propose(Evidence(statistics), n_remove)]
 
 
 def smallest(values, n):
@@ -69,7 +69,7 @@ def test_of_equal_distances_cosine_takes_the_earlier():
 def test_every_forms_path_goes_from_cosines_set_to_that_of_the_difference(statistics, form):
     difference = statistics.by_position[{"mssd": 1, "log-mssd": 1, "masd": 2, "relative": 3}[form]].mean(axis=1)
     for n_remove in NUMBERS:
-        candidates = METHODS[form].propose(statistics, n_remove)
+        candidates = METHODS[form].propose(Evidence(statistics), n_remove)
         assert candidates[0].low == 0 and candidates[-1].high == 1
         assert [c.low for c in candidates[1:]] == [c.high for c in candidates[:-1]]  # no gap: every alpha has its set
         assert {c.proposed_by for c in candidates} == {form} and {c.n_tied for c in candidates} == {1}
@@ -121,9 +121,9 @@ def test_the_portfolio_holds_what_every_other_method_proposes(statistics, n_remo
 def test_a_set_in_the_portfolio_is_its_first_proposers(statistics):
     for n_remove in NUMBERS:
         cosine = proposed("cosine", statistics, n_remove)[0]
-        first = {c.removed: c for c in METHODS["portfolio"].propose(statistics, n_remove)}
+        first = {c.removed: c for c in METHODS["portfolio"].propose(Evidence(statistics), n_remove)}
         assert first[cosine].proposed_by == FORMS[0]
-        for candidate in METHODS[FORMS[0]].propose(statistics, n_remove):
+        for candidate in METHODS[FORMS[0]].propose(Evidence(statistics), n_remove):
             assert first[candidate.removed] == candidate
 
 

@@ -48,7 +48,7 @@ def test_each_criterion_gets_the_best_of_its_candidates(make_run):
     table = run.choices(GRID)
     assert list(zip(table["n_remove"], table["criterion"], strict=True)) == [(k, c) for k in GRID for c in CRITERIA]
     for row in table.itertuples():
-        candidates = METHODS[row.criterion].propose(run.statistics(), row.n_remove)
+        candidates = METHODS[row.criterion].propose(run.evidence(), row.n_remove)
         measured = {c.removed: perplexity_by_hand(run, "validation", c.removed) for c in candidates}
         best = min(measured, key=measured.get)
         assert frozenset(row.removed) == best and row.n_candidates == len(measured)

@@ -25,7 +25,7 @@ from simdiff_utils import results
 from simdiff_utils.alpha import search_ternary
 from simdiff_utils.criteria import normalise
 from simdiff_utils.evaluator import Evaluator, greedy
-from simdiff_utils.methods import METHODS
+from simdiff_utils.methods import METHODS, Evidence
 from simdiff_utils.perplexity import perplexity
 from simdiff_utils.settings import Settings
 from simdiff_utils.stages import Run
@@ -75,7 +75,7 @@ class Bench:
     # ---- jobs ------------------------------------------------------------------------------------------------------
 
     def candidates(self, method: str, n_remove: int) -> list[frozenset[int]]:
-        return list(dict.fromkeys(c.removed for c in METHODS[method].propose(self.statistics, n_remove)))
+        return list(dict.fromkeys(c.removed for c in METHODS[method].propose(Evidence(self.statistics), n_remove)))
 
     def race(self, method: str, n_remove: int, exact: bool) -> dict:
         sets, evaluator = self.candidates(method, n_remove), self.evaluator(self.blocks)

@@ -18,7 +18,7 @@ import torch
 
 from simdiff_utils import results
 from simdiff_utils.capture import STATISTICS, LayerStatistics
-from simdiff_utils.methods import METHODS
+from simdiff_utils.methods import METHODS, Evidence
 from simdiff_utils.perplexity import perplexity
 from simdiff_utils.settings import Settings
 from simdiff_utils.stability import agree, measure_stability, rank_scores
@@ -73,7 +73,7 @@ def measure(model: str, n_remove: int, texts: list[str]) -> list[dict]:
     reference, evaluator = run.statistics(), run.evaluator("validation")
 
     def choose(captured: LayerStatistics, criterion: str) -> dict:
-        candidates = METHODS[criterion].propose(captured, n_remove)
+        candidates = METHODS[criterion].propose(Evidence(captured), n_remove)
         winner = evaluator.race({0: [c.removed for c in candidates]}, exact=True).winners[0]
         first = next(c for c in candidates if c.removed == winner)
         return {"alpha": np.mean([first.low, first.high]), "chosen": sorted(winner),
