@@ -49,7 +49,7 @@ help:  ## show this list
 	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
 	@echo "  TEXT=       embedded:wikipedia, wikitext2, a hub data set, or a text or JSONL file"
 	@echo "  K=          how many layers to remove"
-	@echo "  CRITERION=  cosine, mssd, masd, log-mssd, relative, angular, tail or portfolio"
+	@echo "  CRITERION=  how layers are chosen: cosine, masd, portfolio ... (all: CRITERIA in simdiff_utils/settings.py)"
 	@echo "  ALPHA=      auto, or a number in [0, 1]"
 	@echo "  DTYPE=      auto, float32, bfloat16 or float16"
 
@@ -104,8 +104,8 @@ lock:  ## rewrite requirements.lock from pyproject.toml at the newest versions (
 	  echo "These came with a CUDA build of torch: run make lock where pip is offered the CPU build."; exit 1; \
 	fi; \
 	{ echo "# The exact versions of everything, tests included, for Python 3.11.2 to 3.13. Written by one command: make lock"; \
-	  echo "# pip adds, at their newest, the few packages that a machine needs beyond the one this was made on: aiohttp on"; \
-	  echo "# Python 3.12, which only there papermill asks for, and CUDA where only that build of torch is offered."; \
+	  echo "# pip adds, at their newest, the few packages that a machine needs beyond the one this was made on, such as CUDA"; \
+	  echo "# where only that build of torch is offered."; \
 	  sed -E -e 's/^(torch==[0-9.]+)\+cpu/\1/' -e '/considered to be unsafe/d' -e '/^$$/d' "$$scratch/lock" | LC_ALL=C sort -f; \
 	} > "$$scratch/requirements.lock"; \
 	cp "$$scratch/requirements.lock" requirements.lock

