@@ -1,5 +1,6 @@
 """Losses computed once, the cost counted by hand, races against evaluating everything, searches against brute force."""
 
+import copy
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from conftest import N_LAYERS, SETS, VOCAB_SIZE
 from simdiff_utils import evaluator as evaluator_module
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.evaluator import Cost, Evaluator, greedy, leave_one_out
+from simdiff_utils.models import decoder_layers
 from simdiff_utils.perplexity import block_losses
 from simdiff_utils.settings import SimDiffError
 
@@ -149,6 +151,80 @@ def test_of_losses_partly_in_the_folder_the_rest_is_computed(llama, blocks, comp
 def test_sets_that_name_no_layers_are_refused(llama, blocks):
     with pytest.raises(SimDiffError, match="layers 0 to 5"):
         Evaluator(Decoder(llama), blocks).losses([frozenset({6})])
+
+
+# ---- merged weights --------------------------------------------------------------------------------------------------
+
+MERGES, FOLDED = ((3, (4,)), (1, (2, 3))), frozenset({2, 3, 4})
+
+
+def merge_by_hand(model, merges):
+    """A copy in which each layer that stays has its weights and what the folded ones differ by."""
+    merged = copy.deepcopy(model)
+    layers = decoder_layers(merged)
+    with torch.no_grad():
+        for stays, folded in merges:
+            for name, theta in layers[stays].named_parameters():
+                theta.copy_(sum(layers[i].get_parameter(name) for i in folded) - (len(folded) - 1) * theta)
+    return merged
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
+def test_losses_of_merged_weights_are_those_of_a_model_made_by_hand(make_tiny, blocks, name):
+    model = make_tiny(name)
+    plain = Evaluator(Decoder(model), blocks)
+    dense = plain.losses([DENSE, FOLDED])
+    merged = plain.merged(MERGES)
+    found = merged.losses([FOLDED, DENSE, frozenset({0, 2, 3, 4})])
+    by_hand = Decoder(merge_by_hand(model, MERGES))
+    expected = block_losses(by_hand, blocks, (FOLDED, DENSE, frozenset({0, 2, 3, 4})))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert abs(found[0] - dense[1]).max() > 1e-3, "not those of plain removal"
+    assert merged.cost.layer_tokens == layer_runs([FOLDED, DENSE, {0, 2, 3, 4}], N_LAYERS) * 5 * 20
+    assert plain.cost.layer_tokens == layer_runs([DENSE, FOLDED], N_LAYERS) * 5 * 20
+    np.testing.assert_array_equal(Evaluator(Decoder(model), blocks).losses([DENSE, FOLDED]), dense)  # whole again
+
+
+def test_merged_losses_lie_in_a_folder_of_their_own(llama, blocks, computed, tmp_path):
+    evaluator = Evaluator(Decoder(llama), blocks, folder=tmp_path)
+    plain, = evaluator.losses([FOLDED])
+    found = {merges: evaluator.merged(merges).losses([FOLDED])[0]
+             for merges in (MERGES, ((1, (2, 3, 4)),), ((0, (2,)), (1, (3, 4))))}
+    assert all(abs(one - other).max() > 1e-3 for one, other in combinations([plain, *found.values()], 2))
+    assert len(list(tmp_path.glob("merged-*/without-2-3-4.json"))) == 3 and len(computed) == 4
+    again = Evaluator(Decoder(llama), blocks, folder=tmp_path)
+    for merges, losses in found.items():
+        as_in_json = [[stays, list(folded)] for stays, folded in merges]
+        for given in (merges, as_in_json):
+            np.testing.assert_array_equal(again.merged(given).losses([FOLDED])[0], losses)
+    np.testing.assert_array_equal(again.losses([FOLDED])[0], plain)
+    assert len(computed) == 4
+
+
+def test_without_merges_the_evaluator_is_the_same_and_merges_add_up(llama, blocks):
+    evaluator = Evaluator(Decoder(llama), blocks)
+    assert evaluator.merged(()) is evaluator and evaluator.merged([]) is evaluator
+    one_by_one = evaluator.merged(MERGES[:1]).merged(MERGES[1:])
+    np.testing.assert_array_equal(one_by_one.losses([FOLDED]), evaluator.merged(MERGES).losses([FOLDED]))
+    assert (one_by_one.n_layers, one_by_one.n_blocks) == (N_LAYERS, 5)
+
+
+def test_merged_sets_may_race(llama, blocks):
+    evaluator = Evaluator(Decoder(llama), blocks).merged(MERGES)
+    sets = [FOLDED, frozenset({0, 2, 3, 4}), frozenset({2, 3, 4, 5})]
+    expected = block_losses(Decoder(merge_by_hand(llama, MERGES)), blocks, tuple(sets)).mean(1).argmin()
+    assert evaluator.race({0: sets}).winners[0] == sets[expected]
+
+
+def test_weights_are_whole_again_where_losses_fail(llama, blocks, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+    weights = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    evaluator = Evaluator(Decoder(llama), blocks).merged(MERGES)
+    monkeypatch.setattr(evaluator_module, "block_losses", fail)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.losses([FOLDED])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in llama.state_dict().items())
 
 
 # ---- races -----------------------------------------------------------------------------------------------------------

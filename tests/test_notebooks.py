@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from papermill import inspect_notebook
@@ -41,8 +42,8 @@ def run_command(command: list, **environment: str) -> subprocess.CompletedProces
                           capture_output=True, text=True)
 
 
-def test_there_are_five_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six_notebooks():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 def test_notebook_is_small_and_executed(notebook):
@@ -97,18 +98,21 @@ def run_papermill(number: str, tmp_path: Path, *parameters: str, **environment: 
 
 
 @pytest.mark.slow
-def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, tmp_path):
-    """Snakemake, papermill, all five notebooks, a model and a text of the user's own."""
+def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, data_folder, tmp_path):
+    """Snakemake, papermill, all six notebooks, a model and a text of the user's own."""
     settings = dict(n_samples=4, seq_len=16, n_validation=2, n_test=2, n_remove_grid="[1,2]",
                     criteria="[cosine,masd,portfolio]", prefill_len=8, n_new_tokens=4, n_repeats=2,
-                    max_steps=2, learning_rate=0.02, eps=0.2, prompt="w1 w2")
+                    max_steps=2, learning_rate=0.02, eps=0.2, prompt="w1 w2",
+                    data_folder=data_folder, window_len=12, n_windows=4, task_limit=4, n_stories=0, task_grid="[2]",
+                    task_criteria="[cosine,portfolio]")
     done = run_command([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "all", "--config",
                         f"model={tiny_model}", f"text={tiny_text}", "n_remove=[1,2]", "criterion=masd",
-                        "recovery=true", "speed=true", *(f"{name}={value}" for name, value in settings.items())],
+                        "recovery=true", "speed=true", "comparison=true", *(f"{name}={value}" for name, value in settings.items())],
                        SIMDIFF_RUNS=str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr[-3000:]
     results = sorted(path.name for path in (tmp_path / "runs" / "batch").glob("*/*.json"))
-    assert results == ["01.json", "02.json", *(f"{n}-masd-{k}.json" for n in ("03", "04", "05") for k in (1, 2))]
+    assert results == ["01.json", "02.json", *(f"{n}-masd-{k}.json" for n in ("03", "04", "05") for k in (1, 2)),
+                       "06.json"]
     assert len(list((tmp_path / "runs").glob("*/capture-*"))) == 1, "every K reads the same capture"
     summary = run_command([sys.executable, "-m", "simdiff_utils.results", tmp_path / "runs"])
     assert "pruned test perplexity" in summary.stdout and "speedup" in summary.stdout
@@ -131,6 +135,21 @@ def test_the_papers_grid_asks_for_the_comparison_of_each_model_alone(tmp_path):
         assert parameters["measure"] is True and parameters["criteria"] == grid["criteria"]
         assert parameters["result_file"].endswith("/06.json")
     assert not list((tmp_path / "runs").glob("**/*.json"))
+
+
+@pytest.mark.slow
+def test_the_comparison_measures_a_model_of_ones_own(tiny_model, tiny_text, data_folder, tmp_path):
+    done = run_papermill("06", tmp_path, f"model: '{tiny_model}'", f"text: '{tiny_text}'", *TINY, "measure: true",
+                         f"data_folder: '{data_folder}'", "window_len: 12", "n_windows: 4", "n_remove_grid: [1, 2]",
+                         "criteria: [cosine, masd, random, one-shot, sleb, window, entrodrop, laco, portfolio]",
+                         "task_criteria: [cosine, sleb]", "task_grid: [2]", "task_limit: 4", "n_stories: 0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").glob("*/06_comparison-*")
+    rows = pd.read_csv(folder / "06_rows.csv")
+    assert set(rows["model"]) == {"tiny"} and {"dense", "random", "laco"} < set(rows["method"])
+    assert set(rows.loc[rows["metric"] == "AVG", "method"]) == {"dense", "cosine", "sleb"}
+    assert {path.stem for path in folder.glob("*.png")} == {"06_ranking", "06_over_layers", "06_cost", "06_accuracy",
+                                                            "06_disagreement"}
 
 
 @pytest.mark.slow
@@ -162,6 +181,8 @@ def test_an_export_to_a_folder_of_ones_own(tiny_model, tiny_text, tmp_path):
     ("01", "memory_gib: 0.01", "too little for tiny: streamed layer by layer it needs"),
     ("01", "model: shape:llama9", "there is no shape 'llama9'"),
     ("03", "export_to: .", "exists already"),
+    ("06", "suite: glue", "suite must be one of zero_shot, nlu; got 'glue'"),
+    ("06", "measure: false", "not tiny: set measure = True to measure it here"),
     ("03", "max_perplexity_ratio: 0.01", "above max_perplexity_ratio"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(number, parameter, sentence, tiny_model, tiny_text, tmp_path):

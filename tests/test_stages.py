@@ -1,7 +1,10 @@
 """The stages of a search on a tiny model: what is chosen against evaluating every candidate here, one by one."""
 
+import copy
+import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +12,12 @@ import torch
 
 from simdiff_utils.alpha import search_ternary
 from simdiff_utils.criteria import choose_removed, fuse, normalise
-from simdiff_utils.methods import METHODS, alpha_path
+from simdiff_utils.decoder import stream_decoder
+from simdiff_utils.methods import METHODS, alpha_path, count_passes
+from simdiff_utils.models import decoder_layers
 from simdiff_utils.perplexity import perplexity
 from simdiff_utils.settings import Settings, SimDiffError
+from simdiff_utils.settings import CRITERIA as EVERY
 from simdiff_utils.stages import Run
 from simdiff_utils.surgery import layers_removed
 
@@ -132,3 +138,124 @@ def test_the_model_decides_how_many_layers_can_go(make_run):
     with pytest.raises(SimDiffError, match="n_remove must lie between 1 and 5"):
         make_run(n_remove=7)
     assert perplexity(make_run().losses("test")) == pytest.approx(perplexity_by_hand(make_run(), "test", []), rel=1e-4)
+
+
+# ---- the peers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory, make_tiny, tokenizer):
+    """A folder with a model of 9 layers: of 6, Shortened-LLM's methods protect all."""
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    make_tiny("llama", num_hidden_layers=9).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def merged_by_hand(run, row):
+    """A run on a copy of the model, the merges of a row of choices in its weights."""
+    model = copy.deepcopy(run.model)
+    layers = decoder_layers(model)
+    with torch.no_grad():
+        for stays, folded in row.merges:
+            for name, theta in layers[stays].named_parameters():
+                theta.copy_(sum(layers[i].get_parameter(name) for i in folded) - (len(folded) - 1) * theta)
+    return SimpleNamespace(model=model, blocks=run.blocks)
+
+
+def test_every_peers_choice_is_its_best_set_and_lacos_is_measured_merged(make_run, deep_model):
+    run = make_run(model=deep_model, n_samples=6, exact=False)
+    assert set(run.choices([2], ["laco"])["criterion"]) == {"laco"}  # alone, too
+    table = run.choices([2], list(EVERY)).set_index("criterion")
+    assert tuple(table.index) == EVERY == tuple(METHODS)
+    expected_passes = {"cosine": 1, "angular": 1, "tail": 0, "random": 0, "magnitude": 0, "taylor": 3, "one-shot": 9,
+                       "sleb": 7 + 6, "window": 8, "entrodrop": 1}
+    by_hand = functools.cache(functools.partial(perplexity_by_hand, run, "validation"))
+    for row in table.itertuples():
+        candidates = METHODS[row.Index].propose(run.evidence(), 2)
+        assert row.n_passes == expected_passes.get(row.Index, count_passes(METHODS[row.Index], candidates, 9, 2))
+        assert row.n_candidates == len({candidate.removed for candidate in candidates})
+        if row.Index == "laco":
+            assert row.n_passes == candidates[0].n_models > 1
+            assert row.merges == [[stays, list(folded)] for stays, folded in candidates[0].merges] != []
+            assert sorted(i for _, folded in row.merges for i in folded) == row.removed
+            measured = {frozenset(row.removed): perplexity_by_hand(merged_by_hand(run, row), "validation", row.removed)}
+            assert abs(by_hand(frozenset(row.removed)) / row.validation_perplexity - 1) > 0.01
+        else:
+            assert row.merges == []
+            measured = {c.removed: by_hand(c.removed) for c in candidates}
+        best = min(measured, key=measured.get)
+        assert frozenset(row.removed) == best
+        assert row.validation_perplexity == pytest.approx(measured[best], rel=1e-4)
+    again = make_run(model=deep_model, n_samples=6, exact=False)
+    assert again.choices([2], list(EVERY)).set_index("criterion").equals(table)
+    assert "_evaluators" not in vars(again), "read, not computed"
+
+
+def test_the_comparison_on_the_test_split_measures_lacos_model_merged(make_run):
+    run = make_run(criteria=["cosine", "laco", "window"])
+    table = run.compare([1, 2])
+    for row in table.itertuples():
+        by_hand = perplexity_by_hand(merged_by_hand(run, row), "test", row.removed)
+        assert row.test_perplexity == pytest.approx(by_hand, rel=1e-4)
+        assert (row.criterion != "laco") or row.verdict != "same set"
+    laco = table[table["criterion"] == "laco"]
+    shortgpt = table[table["criterion"] == "cosine"]
+    np.testing.assert_allclose(laco["to_cosine"], laco["test_perplexity"].to_numpy() / shortgpt["test_perplexity"])
+
+
+def test_a_set_that_cosine_chooses_too_is_another_model_once_merged(make_run, monkeypatch):
+    run = make_run(criteria=["cosine", "laco"])
+    (candidate,) = METHODS["cosine"].propose(run.evidence(), 1)
+    (layer_idx,) = candidate.removed
+    merged = replace(candidate, proposed_by="laco", merges=(((layer_idx + 1) % 6, (layer_idx,)),), n_models=2)
+    monkeypatch.setitem(METHODS, "laco", replace(METHODS["laco"], propose=lambda *_: [merged]))
+    table = run.compare([1]).set_index("criterion")
+    assert table.loc["laco", "removed"] == table.loc["cosine", "removed"]
+    assert table.loc["cosine", "verdict"] == "same set" != table.loc["laco", "verdict"]
+    assert table.loc["laco", "test_perplexity"] != table.loc["cosine", "test_perplexity"]
+
+
+def test_laco_is_not_exported(make_run):
+    run = make_run(criterion="laco")
+    for stage in (run.removed, run.pruned_checkpoint):
+        with pytest.raises(SimDiffError) as error:
+            stage()
+        assert str(error.value) == ("laco changes the weights of layers that stay, and only unchanged ones are "
+                                    "exported; notebook 06 measures it: choose another criterion.")
+    assert not list(run.folder.glob("prune-*"))
+
+
+@pytest.mark.parametrize("criterion", ["sleb", "window", "entrodrop", "random"])
+def test_a_peers_set_is_exported_without_scores_of_layers(make_run, criterion):
+    run = make_run(criterion=criterion)
+    row = run.choices([2], [criterion]).iloc[0]
+    facts = json.loads((run.pruned_checkpoint() / "pruning.json").read_text())
+    assert facts["removed"] == row["removed"] and facts["criterion"] == criterion
+    assert facts["scores"] == [] and facts["alpha"] is None
+
+
+def test_random_follows_the_settings_seed(make_run):
+    drawn = {seed: make_run(seed=seed).choices([3], ["random"]).iloc[0]["removed"] for seed in range(4)}
+    for seed, removed in drawn.items():
+        assert removed == sorted(np.random.default_rng(seed).permutation(6)[:3].tolist())
+    assert len(set(map(tuple, drawn.values()))) > 1
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "sleb"])
+def test_more_layers_than_a_peer_may_touch_are_refused_in_the_run_too(make_run, method):
+    with pytest.raises(SimDiffError, match="protect") as error:
+        make_run().choices([5], [method])
+    assert "\n" not in str(error.value)
+
+
+def test_streamed_from_disk_every_choice_is_the_same_or_one_sentence(make_run, deep_model, tmp_path, monkeypatch):
+    expected = make_run(model=deep_model).choices([2], [name for name in EVERY if name not in ("taylor", "laco")])
+    monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "streamed"))
+    run = make_run(model=deep_model)
+    run.decoder = stream_decoder(run.checkpoint.folder, "float32")
+    assert run.choices([2], list(expected["criterion"])).equals(expected)
+    assert run.evaluator("validation").cost.layer_tokens > 0
+    for method in ("taylor", "laco"):
+        with pytest.raises(SimDiffError, match=rf"^{method} .* needs the model in memory: raise memory_gib\.$"):
+            run.choices([2], [method])

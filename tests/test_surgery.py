@@ -200,7 +200,6 @@ def test_merged_layers_have_the_sum_of_differences_norms_and_biases_too(make_tin
         with layers_removed(model, removed):
             torch.testing.assert_close(logits_of(model, blocks), logits_of(build_by_hand(expected, removed), blocks),
                                        rtol=1e-4, atol=1e-4)
-            assert_cache_agrees(model, blocks)
     stays = {key for i, _ in merges for key in dense if re.search(rf"\.(layers|h)\.{i}\.", key)}
     assert changed == stays, "all of the layers that stay, and nothing else"
     assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
@@ -229,9 +228,9 @@ def test_merges_are_summed_in_float32_and_rounded_once(make_tiny):
 
 def test_weights_are_whole_again_after_an_error_in_a_merge_or_inside(make_tiny):
     model = make_tiny("qwen3-moe")
-    dense = copy.deepcopy(model.state_dict())
+    dense, key = copy.deepcopy(model.state_dict()), "model.layers.2.input_layernorm.weight"
     with pytest.raises(KeyboardInterrupt), layers_merged(model, ((2, (3,)), (2, (3,)))):
-        assert not torch.equal(model.state_dict()["model.norm.weight"], model.model.layers[2].input_layernorm.weight)
+        assert not torch.equal(model.state_dict()[key], dense[key])
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
     with pytest.raises(SimDiffError) as error, layers_merged(model, ((2, (3,)), (0, (1,)))):  # layer 1 has no experts
