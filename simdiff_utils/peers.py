@@ -102,8 +102,8 @@ def _log_distance(states: Tensor, n_neighbours: int) -> float:
     states = states.double()  # distances by matrix products: many times as fast, and in float64 as exact as is needed
     distances = torch.cdist(states, states, compute_mode="use_mm_for_euclid_dist")
     nearest = distances.topk(n_neighbours + 1, dim=1, largest=False).values[:, -1]  # the first is the token itself
-    apart = nearest > 1e-6 * states.norm(dim=1)  # below, equal states' distance is the products' rounding
-    return torch.where(apart, nearest, torch.finfo(torch.float32).tiny).log().mean().item()
+    equal = nearest <= 1e-6 * states.norm(dim=1)  # what is there then is the products' rounding
+    return nearest.where(~equal, torch.finfo(torch.float32).tiny).log().mean().item()
 
 
 # ---- LaCo ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from simdiff_utils.comparison import PERPLEXITY
 from simdiff_utils.plots import COLOURS, DASHES, MARKERS, NAMES, plain_log_axis
 
 _SHORT = {PERPLEXITY: "WikiText-2 test perplexity", "AVG": "zero-shot average, acc"}
-_COLLAPSED = 2e5  # drawn at the edge: a model that predicts worse than by drawing lots has no order worth seeing
+_COLLAPSED = 2000  # perplexity drawn at the edge: the order of broken models is not worth the room of the others
 
 
 def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
@@ -37,7 +37,7 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
             low, value, high = (min(x, _COLLAPSED) if metric == PERPLEXITY else x for x in (row.low, row.value, row.high))
             axis.plot([low, high], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
             hollow = tuple(row.removed) in shortgpt and MARKERS[row.method] not in "x+1"
-            axis.plot(value, y, MARKERS[row.method], color=colour, ms=8, mfc="white" if hollow else None)
+            axis.plot(value, y, MARKERS[row.method], color=colour, ms=8, mfc="white" if hollow else None, clip_on=False)
         dense = rows[(rows["model"] == model) & (rows["n_remove"] == 0)]["value"]
         axis.axvline(dense.iloc[0], color=COLOURS["dense"], ls=":", lw=1.2)
         if metric == PERPLEXITY:
@@ -51,7 +51,8 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
         axis.set_title(f"{_brief(model)}\n{n_remove} layers removed", fontsize=10)
         axis.set(yticks=range(len(methods)), yticklabels=[NAMES[method] for method in methods], ylim=(len(methods) - 0.5, -0.5))
     figure.supxlabel(f"{_SHORT.get(metric, metric)}" + (" (log scale)" if metric == PERPLEXITY else "")
-                     + "; bars: 95 % interval; dotted: dense; hollow: ShortGPT's own set", fontsize=10)
+                     + "; bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set"
+                     + (f"; at the right edge: above {_COLLAPSED:,}" if metric == PERPLEXITY else ""), fontsize=10)
     return figure
 
 
@@ -70,7 +71,8 @@ def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPL
                 main = name in ("cosine", "mssd", "masd", "relative", "portfolio", "sleb")
                 axis.plot(x, y, marker=MARKERS[name], ls=DASHES[name], color=COLOURS[name], ms=7 if main else 5,
                           lw=2 if main else 1, mfc="white" if name == "cosine" else None, label=NAMES[name])
-                axis.fill_between(x, [dense, *line["low"]], [dense, *line["high"]], color=COLOURS[name], alpha=0.12, lw=0)
+                if main:
+                    axis.fill_between(x, [dense, *line["low"]], [dense, *line["high"]], color=COLOURS[name], alpha=0.1, lw=0)
         axis.set(title=_brief(model), xlabel="layers removed, K", ylabel=_SHORT.get(metric, metric))
         if metric == PERPLEXITY:
             axis.set(yscale="log", ylim=(None, min(_COLLAPSED, 1.3 * here["value"].max())))
