@@ -557,8 +557,9 @@ class LacoByHand:
         self.compared.add(merges)
         if merges not in self.known:
             weights = list(self.dense)
-            for l, folded in merges:
-                weights[l] = {n: theta + sum(weights[k][n] - theta for k in folded) for n, theta in weights[l].items()}
+            for stays, folded in merges:
+                weights[stays] = {n: theta + sum(weights[k][n] - theta for k in folded)
+                                  for n, theta in weights[stays].items()}
             self.known[merges] = cosine(self._states(weights, removed_by(merges)), self.states).mean()
         return self.known[merges]
 
