@@ -591,8 +591,8 @@ def removed_by(merges):
     return frozenset(i for _, folded in merges for i in folded)
 
 
-@pytest.mark.parametrize(("name", "n_remove"), [*(("llama", k) for k in (1, 2, 3, 4, 6, 8)),
-                                                *((name, k) for name in NAMES[1:] for k in (2, 5))])
+@pytest.mark.parametrize(("name", "n_remove"), [*(("llama", k) for k in (1, 3, 4, 8)),
+                                                *((name, 5) for name in NAMES[1:])])
 def test_laco_walks_as_its_paper_says_at_the_highest_threshold_that_gets_there(gentle, name, n_remove):
     model, by_hand = gentle(name)
     blocks = text(3, 4)
