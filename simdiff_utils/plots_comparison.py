@@ -16,7 +16,7 @@ _COLLAPSED = 2000  # perplexity drawn at the edge: the order of broken models is
 def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
     """Every method as a point with its 95 % interval, a panel for each model and number of layers removed.
 
-    Methods are ordered by their mean rank over the panels, best on top. Hollow: the very set that ShortGPT removes.
+    Methods are ordered by their mean log-perplexity (or accuracy) over the panels, best on top. Hollow: the very set that ShortGPT removes.
     """
     rows = rows[rows["metric"] == metric]
     methods = _order(rows)
@@ -57,7 +57,8 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
 
 
 def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPLEXITY) -> Figure:
-    """A metric over the number of layers removed, a line per method, the dense model at 0; the paper's Figures 1 and 5."""
+    """A metric over the number of layers removed, a line per method (random: the median draw), the dense model at 0; the
+    paper's Figures 1 and 5."""
     rows = rows[rows["metric"] == metric]
     models = list(rows["model"].unique())
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models) + 2.5, 4), squeeze=False)
@@ -65,7 +66,7 @@ def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPL
         here = rows[rows["model"] == model]
         dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
         for name in methods:
-            line = here[(here["method"] == name) & (here["seed"] == 0)].sort_values("n_remove")
+            line = here[here["method"] == name].groupby("n_remove")[["value", "low", "high"]].median().reset_index()
             if len(line):
                 x, y = [0, *line["n_remove"]], [dense, *line["value"]]
                 main = name in ("cosine", "mssd", "masd", "relative", "portfolio", "sleb")
@@ -89,8 +90,8 @@ def plot_cost(rows: pd.DataFrame) -> Figure:
     models = list(rows["model"].unique())
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models) + 2.5, 4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        here = rows[(rows["model"] == model) & (rows["seed"] == 0)]
-        wide = here.pivot_table(index=["method", "n_remove"], columns="metric", values="value")
+        here = rows[rows["model"] == model]
+        wide = here.pivot_table(index=["method", "n_remove"], columns="metric", values="value", aggfunc="median")
         dense = wide.loc[("dense", 0), PERPLEXITY]
         lost = np.log(wide[PERPLEXITY] / dense)[wide["passes"].notna()]
         for name in dict.fromkeys(here["method"]):
@@ -132,11 +133,11 @@ def plot_disagreement(rows: pd.DataFrame) -> Figure:
 
 
 def _order(rows: pd.DataFrame) -> list[str]:
-    """Methods by their mean rank over models and numbers of layers, best first."""
-    cells = rows[rows["n_remove"] > 0].groupby(["model", "n_remove", "method"])["value"].mean().reset_index()
-    better_low = rows["metric"].iloc[0] == PERPLEXITY
-    cells["rank"] = cells.groupby(["model", "n_remove"])["value"].rank(ascending=better_low, pct=True)
-    return list(cells.groupby("method")["rank"].mean().sort_values(kind="stable").index)
+    """Methods by their mean over models and numbers of layers (of log-perplexity, or of accuracy), best first."""
+    lower_is_better = rows["metric"].iloc[0] == PERPLEXITY
+    cells = rows[rows["n_remove"] > 0].assign(cell=lambda r: np.log(r["value"]) if lower_is_better else -r["value"])
+    cells = cells.groupby(["model", "n_remove", "method"])["cell"].median().reset_index()
+    return list(cells.groupby("method", sort=False)["cell"].mean().sort_values(kind="stable").index)
 
 
 def _brief(model: str) -> str:
