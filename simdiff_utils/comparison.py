@@ -32,6 +32,7 @@ PROTOCOL = "1"
 PERPLEXITY = "wikitext2_perplexity"
 FOLDER = "comparison"  # below the model's: choices, losses, task scores
 ROWS = "06_comparison.csv"  # in figures/: what the workbook has measured
+_REPOSITORY = repository_root(Path(__file__).parent)  # wherever the notebook that asks is run
 _WINDOWS_AT_ONCE = 2  # what a kill can lose
 COLUMNS = ("model", "method", "n_remove", "seed", "removed", "metric", "value", "stderr", "low", "high", "n", "split",
            "provenance")
@@ -176,7 +177,7 @@ def stored_rows(model: str) -> pd.DataFrame:
     Args:
         model: the checkpoint's label.
     """
-    path = repository_root() / "figures" / ROWS
+    path = _REPOSITORY / "figures" / ROWS
     rows = pd.read_csv(path, comment="#") if path.exists() else pd.DataFrame(columns=COLUMNS)
     if model not in set(rows["model"]):
         raise SimDiffError(f"the workbook has measured {' and '.join(rows['model'].unique()) or 'nothing'}, not {model}: "
@@ -221,9 +222,9 @@ def rank_agreement(rows: pd.DataFrame) -> pd.DataFrame:
         stats.kendalltau(part["AVG"], -part[PERPLEXITY]).statistic)} for (model, n_remove), part in parts])
 
 
-def beside_published(rows: pd.DataFrame, published: Path) -> pd.DataFrame:
+def beside_published(rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's published numbers, each with what was measured of the same model, method, K and metric; else NaN."""
-    table = pd.read_csv(published)
+    table = pd.read_csv(_REPOSITORY / "notebooks" / "published.csv")
     keys = ["model", "method", "n_remove", "metric"]
     mine = rows[rows["seed"] == 0].drop_duplicates(keys).set_index(keys)["value"]
     scale = {"AVG": 100}  # the paper gives percent
