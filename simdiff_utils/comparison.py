@@ -18,7 +18,6 @@ from torch import LongTensor
 from tqdm.auto import tqdm
 
 from simdiff_utils.evaluator import Evaluator
-from simdiff_utils.files import read_json, write_json, write_whole
 from simdiff_utils.methods import METHODS
 from simdiff_utils.perplexity import perplexity, perplexity_interval
 from simdiff_utils.settings import SimDiffError, repository_root

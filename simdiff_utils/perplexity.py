@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from simdiff_utils.decoder import Decoder, Observer
 from simdiff_utils.settings import SimDiffError, check_removed
 
-_CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
-_ROWS = 8  # positions whose loss is taken at once: their logits in float32 stay in the processor's cache
+CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
+ROWS = 8  # positions whose loss is taken at once: their logits in float32 stay in the processor's cache
 
 
 @torch.inference_mode()
@@ -50,11 +50,11 @@ def _mean_losses(decoder: Decoder, states: Tensor, batch: Tensor) -> list[float]
     """Mean loss of each block of a batch; states [batch, seq, d] as the last layer leaves them."""
     n_predicted = batch.shape[1] - 1
     total = torch.zeros(len(batch), dtype=torch.float64)
-    for start in range(0, n_predicted, _CHUNK):
-        stop = min(start + _CHUNK, n_predicted)
+    for start in range(0, n_predicted, CHUNK):
+        stop = min(start + CHUNK, n_predicted)
         for block, (hidden, tokens) in enumerate(zip(states, batch, strict=True)):
             logits = decoder.logits(hidden[None, start:stop])[0]
-            n_rows = _ROWS if logits.device.type == "cpu" else _CHUNK
+            n_rows = ROWS if logits.device.type == "cpu" else CHUNK
             following = tokens[start + 1:stop + 1].to(logits.device)
             for rows, wanted in zip(logits.split(n_rows), following.split(n_rows), strict=True):
                 total[block] += cross_entropy(rows.float(), wanted, reduction="sum").double().cpu()

@@ -13,15 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simdiff_utils.decoder import Decoder
+from simdiff_utils.perplexity import CHUNK, ROWS
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.surgery import layers_removed
 
 Removed = frozenset[int]
 Answers = list[tuple[float, bool]]  # log-likelihood in nats of a continuation, and whether greedy decoding gives it
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
-
-_CHUNK = 256  # positions whose logits are held at once
-_ROWS = 8  # positions whose softmax is taken at once: their logits in float32 stay in the processor's cache
 
 
 class SetsLM(HFLM):
@@ -115,9 +113,9 @@ class SetsLM(HFLM):
         order = which.argsort(stable=True)
         targets, which = targets[order], which[order]
         hidden = states[places[:, 0].to(states.device), places[:, 1].to(states.device)]  # [n_places, d]
-        for start in range(0, len(places), _CHUNK):
-            logits = self._decoder.logits(hidden[start:start + _CHUNK, None])[:, 0]  # [n_places here, vocabulary]
-            n_rows = _ROWS if logits.device.type == "cpu" else _CHUNK
+        for start in range(0, len(places), CHUNK):
+            logits = self._decoder.logits(hidden[start:start + CHUNK, None])[:, 0]  # [n_places here, vocabulary]
+            n_rows = ROWS if logits.device.type == "cpu" else CHUNK
             for first, rows in zip(range(start, start + len(logits), n_rows), logits.split(n_rows), strict=True):
                 here = (which >= first) & (which < first + len(rows))
                 tokens, owners = targets[here, 2].to(rows.device), targets[here, 3]

@@ -15,6 +15,8 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from simdiff_utils.models import decoder_layers  # noqa: E402
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -89,6 +91,18 @@ def build_by_hand(model, removed):
     built = type(model)(config).eval()
     built.load_state_dict(weights)
     return built
+
+
+def merge_by_hand(model, merges):
+    """A copy whose layer l has theta_l + sum_k (theta_{l+k} - theta_l), in float64, rounded once a merge."""
+    merged = copy.deepcopy(model)
+    layers = decoder_layers(merged)
+    with torch.no_grad():
+        for stays, folded in merges:
+            for name, theta in layers[stays].named_parameters():
+                others = [layers[i].get_parameter(name).double() for i in folded]
+                theta.copy_(theta.double() + sum(other - theta.double() for other in others))
+    return merged
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,18 +1,16 @@
 """Losses computed once, the cost counted by hand, races against evaluating everything, searches against brute force."""
 
-import copy
 from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import N_LAYERS, SETS, VOCAB_SIZE
+from conftest import N_LAYERS, SETS, VOCAB_SIZE, merge_by_hand
 
 from simdiff_utils import evaluator as evaluator_module
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.evaluator import Cost, Evaluator, greedy, leave_one_out
-from simdiff_utils.models import decoder_layers
 from simdiff_utils.perplexity import block_losses
 from simdiff_utils.settings import SimDiffError
 
@@ -156,17 +154,6 @@ def test_sets_that_name_no_layers_are_refused(llama, blocks):
 # ---- merged weights --------------------------------------------------------------------------------------------------
 
 MERGES, FOLDED = ((3, (4,)), (1, (2, 3))), frozenset({2, 3, 4})
-
-
-def merge_by_hand(model, merges):
-    """A copy in which each layer that stays has its weights and what the folded ones differ by."""
-    merged = copy.deepcopy(model)
-    layers = decoder_layers(merged)
-    with torch.no_grad():
-        for stays, folded in merges:
-            for name, theta in layers[stays].named_parameters():
-                theta.copy_(sum(layers[i].get_parameter(name) for i in folded) - (len(folded) - 1) * theta)
-    return merged
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])

@@ -78,7 +78,7 @@ def test_the_logits_of_few_positions_are_held_at_once(make_tiny, blocks, monkeyp
     decoder, most = Decoder(make_tiny("gemma2")), []
     expected = block_losses(decoder, blocks)
     original = decoder.logits
-    monkeypatch.setattr(perplexity_module, "_CHUNK", 7)
+    monkeypatch.setattr(perplexity_module, "CHUNK", 7)
     monkeypatch.setattr(decoder, "logits", lambda hidden: most.append(hidden.shape[:2]) or original(hidden))
     np.testing.assert_allclose(block_losses(decoder, blocks), expected, rtol=1e-5)
     assert set(most) == {(1, 7), (1, 5)}  # 19 positions are predicted

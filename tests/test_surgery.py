@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import MIXED, N_LAYERS, SETS, build_by_hand, logits_of
+from conftest import MIXED, N_LAYERS, SETS, build_by_hand, logits_of, merge_by_hand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -168,18 +168,6 @@ def test_lists_that_only_happen_to_be_as_long_are_left_alone(make_tiny):
 
 
 # ---- merged, LaCo's rule ---------------------------------------------------------------------------------------
-
-
-def merge_by_hand(model, merges):
-    """A copy whose layer l has theta_l + sum_k (theta_{l+k} - theta_l), in float64, rounded once a merge."""
-    merged = copy.deepcopy(model)
-    layers = decoder_layers(merged)
-    with torch.no_grad():
-        for stays, folded in merges:
-            for name, theta in layers[stays].named_parameters():
-                others = [layers[i].get_parameter(name).double() for i in folded]
-                theta.copy_(theta.double() + sum(other - theta.double() for other in others))
-    return merged
 
 
 MERGES = [((1, (2, 3)),), ((4, (5,)), (2, (3, 4))), ((2, (3, 4, 5)), (0, (1, 2)))]  # the last two: merged ones again

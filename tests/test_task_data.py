@@ -1,7 +1,5 @@
 """Task rows: which source gives them, which split is scored, and that the task on top is lm-eval's own."""
 
-import gzip
-import json
 import zipfile
 from pathlib import Path
 
