@@ -9,6 +9,7 @@ norm, head, soft-capping and scaling are the model's own.
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from simdiff_utils.weights import StreamedWeights
 
 Call = tuple[tuple, dict]  # what a layer is given beside the hidden states
 Observer = Callable[[int, Tensor, Tensor], None]
+Through = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # a layer on every batch: states before and after
+Reviser = Callable[[int, nn.Module, Through], None]
 
 
 class Decoder:
@@ -78,13 +81,16 @@ class Decoder:
         """The layer, its weights present for as long as a `with` block lasts."""
         return self._weights.layer(layer_idx) if self._weights else nullcontext(self._layers[layer_idx])
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [batch, seq, vocabulary] of states [batch, seq, d] as the last layer leaves them."""
+        """Logits [batch, seq, vocabulary] of states [batch, seq, d] as the last layer leaves them.
+
+        Differentiable, except of the states that `run` yields.
+        """
         last = iter([False] * (self.n_layers - 1) + [True])
         self._answer = lambda given: hidden if next(last) else given
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with layers_replaced(self.model, self._stubs):
+        measuring = hidden.is_inference() or torch.is_inference_mode_enabled()
+        with torch.inference_mode(measuring), layers_replaced(self.model, self._stubs):
             return self.model(input_ids=ids, use_cache=False).logits
 
     def _record(self, input_ids: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -136,10 +142,11 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, blocks: Tensor | list[Tensor], batch_size: int, sets: tuple[frozenset[int], ...] = (frozenset(),),
-            observe: Observer | None = None, desc: str = "") -> Iterator[tuple[frozenset[int], Tensor, Tensor]]:
+            observe: Observer | None = None, desc: str = "", revise: Reviser | None = None,
+            ) -> Iterator[tuple[frozenset[int], Tensor, Tensor]]:
         """Run the model without each of several sets of layers; what two sets have in common is computed once.
 
-        In memory the batches are run one after another; streamed, every layer is read once and used for all.
+        In memory the batches are run one after another; streamed or revised, all batches go layer by layer.
 
         Args:
             blocks: token ids [n_blocks, seq_len], no padding; or batches [batch, seq] of different lengths as they are.
@@ -147,18 +154,20 @@ class Decoder:
             sets: layers to leave out, 0-based.
             observe: called as (layer_idx, states before, states after), [batch, seq, d], for each layer run.
             desc: for the progress bar.
+            revise: called as (layer_idx, layer, through) before each layer is run, and may change its weights:
+                through() runs it as it then is, batch by batch, as often as asked. For one set.
 
         Yields:
             (set, the batch's token ids, its states after the last layer), batch by batch and in order for each set.
         """
         split = blocks.split(batch_size) if isinstance(blocks, Tensor) else blocks
         batches = [batch.to(self.device) for batch in split]
-        waves = [batches] if self.streamed else [[batch] for batch in batches]
+        waves = [batches] if self.streamed or revise else [[batch] for batch in batches]
         with tqdm(total=len(waves) * self.n_layers, desc=desc, unit="layer", leave=False) as bar:
             for wave in waves:
                 with self._states(wave, sets) as states:
                     calls = self._enter(wave, states)
-                    self._run_layers(wave, states, calls, sets, observe, bar)
+                    self._run_layers(wave, states, calls, sets, observe, revise, bar)
                     for removed in sets:
                         for n, batch in enumerate(wave):
                             yield removed, batch, states.get((removed, n)).to(batch.device)
@@ -172,7 +181,8 @@ class Decoder:
         return calls
 
     def _run_layers(self, wave: list[Tensor], states: "_HiddenStates", calls: list[list[Call]],
-                    sets: tuple[frozenset[int], ...], observe: Observer | None, bar: tqdm) -> None:
+                    sets: tuple[frozenset[int], ...], observe: Observer | None, revise: Reviser | None,
+                    bar: tqdm) -> None:
         """Every layer on every batch: one state per batch and prefix, the layers left out so far by some set."""
         for layer_idx in range(self.n_layers):
             through, around = _split_prefixes(sets, layer_idx)
@@ -181,11 +191,10 @@ class Decoder:
                     states.put((prefix | {layer_idx}, n), states.get((prefix, n)))
             with self.layer(layer_idx) if through else nullcontext() as layer:
                 for prefix in through:
-                    for n, batch in enumerate(wave):
-                        before = states.get((prefix, n)).to(batch.device)
-                        args, kwargs = calls[n][layer_idx]
-                        after = layer(before, *args, **kwargs)
-                        after = (after[0] if isinstance(after, (tuple, list)) else after).to(before.device)
+                    run = partial(_run_layer, layer, wave, states, prefix, [call[layer_idx] for call in calls])
+                    if revise:
+                        revise(layer_idx, layer, run)
+                    for n, (before, after) in enumerate(run()):
                         if observe:
                             observe(layer_idx, before, after)
                         states.put((prefix, n), after)
@@ -256,6 +265,15 @@ class _HiddenStates:
         kept = self._kept.pop(key)
         if self._on_disk:
             kept.unlink()
+
+
+def _run_layer(layer: nn.Module, wave: list[Tensor], states: _HiddenStates, prefix: frozenset[int],
+               calls: list[Call]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The layer on every batch: states [batch, seq, d] before and after it; what is kept stays as it is."""
+    for n, (batch, (args, kwargs)) in enumerate(zip(wave, calls, strict=True)):
+        before = states.get((prefix, n)).to(batch.device)
+        after = layer(before, *args, **kwargs)
+        yield before, (after[0] if isinstance(after, (tuple, list)) else after).to(before.device)
 
 
 def _split_prefixes(sets: tuple[frozenset[int], ...], layer_idx: int) -> tuple[set, set]:

@@ -93,9 +93,14 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
 
 
 def export_recovered(model: PreTrainedModel, pruned: Path, target: Path, measured: dict) -> None:
-    """Write a pruned model whose weights were trained since; what goes with it comes from the pruned checkpoint."""
+    """Write a pruned model whose weights were changed since; what goes with it comes from the checkpoint it was.
+
+    Args:
+        measured: {words: value} for `pruning.json` and the model card, after those of an earlier recovery.
+    """
+    facts = read_json(pruned / "pruning.json")
     model.save_pretrained(target)
-    _write_companions(pruned, target, read_json(pruned / "pruning.json") | {"recovery": measured})
+    _write_companions(pruned, target, facts | {"recovery": facts.get("recovery", {}) | measured})
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -216,7 +221,7 @@ def _write_card(facts: dict) -> str:
 
     Args:
         facts: model, source (hub id or folder name), hub_id (or None), criterion, alpha (or None), calibration (words),
-            measured {words: value}, text, machine; recovery {words: value} for a trained one.
+            measured {words: value}, text, machine; recovery {words: value} for one whose weights were changed.
     """
     measured = facts["measured"] | facts.get("recovery", {})
     removed = facts["removed"]
@@ -224,7 +229,7 @@ def _write_card(facts: dict) -> str:
         base_model=f"\nbase_model: {facts['hub_id']}" if facts["hub_id"] else "",
         title=f"{facts['model']} without {len(removed)} of {facts['n_layers']} layers",
         removed=", ".join(map(str, removed)) or "none", kept=len(facts["kept"]),
-        recovered=" before the recovery by LoRA" if "recovery" in facts else "",
+        recovered=" before the recovery" if "recovery" in facts else "",
         alpha="" if facts["alpha"] is None else f" at alpha = {facts['alpha']:.3g}",
         measured="\n".join(f"| {name} | {value} |" for name, value in measured.items()),
         same_cut="" if "recovery" in facts else " `mergekit.yaml` and `llama_quantize.txt` make this cut elsewhere.",

@@ -1,5 +1,6 @@
 """Models: a checkpoint folder becomes a model and its tokenizer; where a model keeps its decoder layers."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from simdiff_utils.settings import SimDiffError
 
 
 def pick_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU where there is one (of several processes of a launcher, each takes its own), else the CPU."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(dtype: str) -> torch.dtype:
@@ -34,7 +35,7 @@ def pick_dtype(dtype: str) -> torch.dtype:
 def load_model(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     """Load a checkpoint for inference, weights in `dtype`, eval mode: on `pick_device()`, or spread by accelerate
     over the GPUs of the machine where it has several."""
-    several = {"device_map": "auto"} if torch.cuda.device_count() > 1 else {}
+    several = {"device_map": "auto"} if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype), use_safetensors=True, **several)
     return (model if several else model.to(pick_device())).eval()
 

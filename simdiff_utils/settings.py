@@ -12,6 +12,9 @@ CRITERIA = ("cosine", "mssd", "masd", "log-mssd", "relative", "portfolio", "angu
 SEARCHES = ("path", "ternary")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("demo", "published")
+REPAIRS = ("none", "magnitude", "linear")  # no repair, and those of repair.REPAIRS
+TRAININGS = ("none", "lora", "distillation")
+REPORTS = ("none", "tensorboard")
 TASK_SUITES = ("zero_shot", "nlu")  # keys of tasks.SUITES
 
 
@@ -63,12 +66,21 @@ class Settings:
     prompt: str = "Albert Einstein was a physicist who"
     export_to: str = ""
     overwrite: bool = False
-    # recovery
+    # recovery: a repair without training, then training; 0, "preset" and [] keep the preset's value
+    repair: str = "none"
+    training: str = "lora"
     preset: str = "demo"
     train_data: str = "preset"
+    chat_template: bool = False
     learning_rate: float = 0.0
     max_steps: int = 0
+    micro_batch_size: int = 0
+    max_length: int = 0
+    target_modules: list[str] = field(default_factory=list)
     train_dtype: str = "auto"
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+    export_dtype: str = "float32"
     # speed
     speed_dtype: str = "auto"
     speed_batch_size: int = 1
@@ -86,7 +98,6 @@ class Settings:
     task_grid: list[int] = field(default_factory=lambda: [3, 6])
     task_limit: int = 200
     n_stories: int = 100
-    chat_template: bool = False
     # batch runs: where the last cell writes its proof of success ("" = nowhere)
     result_file: str = ""
 
@@ -117,11 +128,13 @@ class Settings:
             _require(criteria and set(criteria) <= set(CRITERIA),
                      f"{name} must be a list of some of {', '.join(CRITERIA)}; got {criteria}.")
         for name, choices in (("criterion", CRITERIA), ("search", SEARCHES), ("dtype", DTYPES), ("train_dtype", DTYPES),
-                              ("speed_dtype", DTYPES), ("preset", PRESETS), ("suite", TASK_SUITES)):
+                              ("speed_dtype", DTYPES), ("export_dtype", DTYPES[1:]), ("preset", PRESETS),
+                              ("repair", REPAIRS), ("training", TRAININGS), ("report_to", REPORTS),
+                              ("suite", TASK_SUITES)):
             _require(getattr(self, name) in choices,
                      f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        for name in ("max_perplexity_ratio", "learning_rate", "max_steps", "memory_gib", "task_limit",
-                     "n_stories"):
+        for name in ("max_perplexity_ratio", "learning_rate", "max_steps", "micro_batch_size", "max_length", "memory_gib",
+                     "task_limit", "n_stories"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 (off) or more, got {getattr(self, name)}.")
 
     def key(self, names: tuple[str, ...], **identity: str) -> str:

@@ -16,25 +16,22 @@ from simdiff_utils.capture import LayerStatistics, capture_statistics, measure_c
 from simdiff_utils.criteria import FORMS, choose_removed, fuse, normalise
 from simdiff_utils.decoder import open_decoder, stream_decoder
 from simdiff_utils.evaluator import Evaluator
-from simdiff_utils.export import export_pruned, export_recovered, refuse_existing, verify_export
+from simdiff_utils.export import export_pruned, refuse_existing, verify_export
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
 from simdiff_utils.methods import METHODS, Candidate, Evidence, alpha_path, count_passes
 from simdiff_utils.models import load_model, pick_dtype
 from simdiff_utils.perplexity import perplexity, perplexity_interval
-from simdiff_utils.recovery import Recipe, alpaca_dataset, block_dataset, recipe_for, train_lora
 from simdiff_utils.results import describe_machine
 from simdiff_utils.runs import RunFolder
 from simdiff_utils.settings import SimDiffError, check_n_remove
 from simdiff_utils.speed import measure_peak_memory, measure_speed, parameters_read_per_token
-from simdiff_utils.text import draw_blocks, token_blocks
 from simdiff_utils.weights import weight_files
 
 _CAPTURE = ("dtype", "seed", "seq_len", "n_samples")
 _SEARCH = (*_CAPTURE, "n_validation", "alpha", "search", "exact", "confidence", "eps", "max_iterations")
-_PRUNE = (*_SEARCH, "criterion", "n_remove")
-_EXPORT = (*_PRUNE, "n_test")
-_RECOVERY = (*_PRUNE, "preset", "train_data", "learning_rate", "max_steps", "train_dtype")
-_SPEED = (*_PRUNE, "speed_dtype", "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats")
+PRUNE = (*_SEARCH, "criterion", "n_remove")
+_EXPORT = (*PRUNE, "n_test")
+_SPEED = (*PRUNE, "speed_dtype", "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats")
 
 
 class Run(RunFolder):
@@ -213,12 +210,15 @@ class Run(RunFolder):
             difference = verify_export(self.decoder, removed, exported, self.blocks("validation")[:1])
             return {"removed": sorted(removed), "kept": sorted(set(range(self.n_layers)) - removed),
                     "reload_difference": difference}
-        made = self._stage("prune", _EXPORT, make) / "model"
+        return self.exported(self._stage("prune", _EXPORT, make) / "model")
+
+    def exported(self, checkpoint: Path) -> Path:
+        """The checkpoint itself, or its copy at `settings.export_to` where that names a folder."""
         if not self.settings.export_to:
-            return made
+            return checkpoint
         refuse_existing(self._export_target(), self.settings.overwrite)
         with write_whole(self._export_target()) as partial:
-            shutil.copytree(made, partial)
+            shutil.copytree(checkpoint, partial)
         return self._export_target()
 
     def _export_target(self) -> Path:
@@ -251,33 +251,6 @@ class Run(RunFolder):
             "measured": {f"perplexity, dense ({n_tokens:,} test tokens)": round(dense, 2),
                          f"perplexity, pruned ({n_tokens:,} test tokens)": round(pruned, 2)},
             "settings": {name: getattr(s, name) for name in _EXPORT}, "origin": self.origin()}
-
-    def recovery(self) -> Path:
-        """Stage recovery: folder with `model/` (LoRA merged), `adapter/`, `log.csv` and `result.json`."""
-        def make(folder: Path) -> dict:
-            recipe = recipe_for(self.settings.preset, self.settings.learning_rate, self.settings.max_steps)
-            train, held_out = self._training_rows(recipe)
-            model = load_model(self.pruned_checkpoint(), "float32")
-            dtype = pick_dtype(self.settings.train_dtype)
-            model, log, n_trained = train_lora(model, self.tokenizer, train, held_out, recipe, folder, dtype,
-                                               self.settings.seed)
-            log.to_csv(folder / "log.csv", index=False)
-            last = log["eval_loss"].dropna()
-            export_recovered(model, self.pruned_checkpoint(), folder / "model", {
-                "recovery": f"LoRA, {int(log['step'].max())} steps, {dtype}".replace("torch.", ""),
-                "loss on held-out rows, before and after": f"{last.iloc[0]:.3f}, {last.iloc[-1]:.3f} nats per token"})
-            return {"n_trained": n_trained, "n_parameters": model.num_parameters(), "n_steps": int(log["step"].max()),
-                    "train_seconds": log["seconds"].max(), "dtype": str(dtype).removeprefix("torch.")}
-        return self._stage("recovery", _RECOVERY, make)
-
-    def _training_rows(self, recipe: Recipe) -> tuple[list[dict], list[dict]]:
-        data = recipe.data if self.settings.train_data == "preset" else self.settings.train_data
-        if data != "text":
-            return alpaca_dataset(data, self.tokenizer, recipe.max_length, self.settings.seed, recipe.n_validation)
-        blocks = token_blocks(self.tokenizer, self.corpus.documents["train"], recipe.max_length)
-        n_wanted = recipe.batch_size * recipe.max_steps or len(blocks)
-        blocks = draw_blocks(blocks, min(n_wanted, len(blocks)), self.settings.seed)
-        return block_dataset(blocks), block_dataset(self.blocks("validation"))
 
     def speed(self) -> Path:
         """Stage speed: folder with `measurements.csv` and `result.json` (parameters, peak memory)."""

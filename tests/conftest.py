@@ -116,22 +116,25 @@ def family(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
-def make_tiny():
-    """Function: family name (and changes to its config) -> random model in eval mode, the same on every call.
+def build_tiny(name, seed=0, **changes):
+    """A random model of a family (with changes to its config) in eval mode, the same on every call.
 
     Weights are large, norms and biases random too, so that every layer changes the logits by much: a neighbour
     removed instead, a bias forgotten or a norm too many does not pass unseen.
     """
-    def make(name: str, **changes):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(FAMILIES[name] | changes))).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn_like(parameter) * 0.2
-                parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
-        return model
-    return make
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(FAMILIES[name] | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter) * 0.2
+            parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """The function `build_tiny`."""
+    return build_tiny
 
 
 @pytest.fixture
@@ -152,13 +155,18 @@ def blocks() -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, (5, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of 97 words: `w3` is token 3."""
     special = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
     core = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, VOCAB_SIZE)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of 97 words."""
+    return build_tokenizer()
 
 
 @pytest.fixture(scope="session")

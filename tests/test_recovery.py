@@ -1,8 +1,13 @@
 """Recovery: recipes, rows, and training on tiny models against a float64 oracle of the merge."""
 
 import copy
-import gzip
-import json
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from simdiff_utils import recovery
-from simdiff_utils.recovery import (
-    PRESETS,
-    Recipe,
-    alpaca_dataset,
-    block_dataset,
-    lora_config,
-    pad_rows,
-    recipe_for,
-    train_lora,
-)
+from simdiff_utils.decoder import Decoder
+from simdiff_utils.recovery import PRESETS, Recipe, distillation_loss, lora_config, recipe_for, train_lora
 from simdiff_utils.settings import SimDiffError
+from simdiff_utils.training_data import block_rows, hash_rows
 
 TINY = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=2, dropout=0.0, max_steps=4)
 
@@ -29,101 +27,16 @@ def test_published_recipe_is_table_6():
     recipe = PRESETS["published"]
     assert recipe == Recipe(
         data="tatsu-lab/alpaca", learning_rate=3e-4, batch_size=32, micro_batch_size=4, dropout=0.05, max_steps=0,
-        epochs=1, max_length=256, rank=8, lora_alpha=16, n_validation=2000,
+        epochs=1, max_length=256, rank=8, lora_alpha=16, n_validation=2000, n_evaluations=10,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
 
 def test_recipe_keeps_the_presets_values_where_zero_is_given():
     assert recipe_for("demo") == PRESETS["demo"]
-    changed = recipe_for("published", learning_rate=1e-3, max_steps=5)
-    assert (changed.learning_rate, changed.max_steps, changed.batch_size) == (1e-3, 5, 32)
+    changed = recipe_for("published", learning_rate=1e-3, max_steps=5, max_length=0, target_modules=())
+    assert changed == dataclasses.replace(PRESETS["published"], learning_rate=1e-3, max_steps=5)
     with pytest.raises(SimDiffError, match="demo, published"):
         recipe_for("quick")
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-ROWS = [{"instruction": f"w{10 + i}", "input": "w5" if i % 2 else "", "output": f"w{40 + i} w7"} for i in range(30)]
-
-
-def write_rows(path, rows):
-    text = json.dumps(rows) if ".jsonl" not in path.name else "".join(json.dumps(row) + "\n" for row in rows)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
-        file.write(text)
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows.jsonl.gz"])
-def test_alpaca_rows_are_prompt_and_answer_without_eos(tmp_path, tokenizer, name):
-    train, validation = alpaca_dataset(write_rows(tmp_path / name, ROWS), tokenizer, max_length=256, seed=0)
-    assert (len(train), len(validation)) == (27, 3)  # a tenth, where that is fewer than 2000
-    everything = [row["input_ids"] for row in train + validation]
-    for ids in everything:
-        n = next(i for i in ids if 10 <= i < 40)
-        assert 5 in ids if n % 2 else 5 not in ids  # the input, where there is one
-        assert ids[-2:] == [30 + n, 7]  # ends with the answer's last word
-        assert tokenizer.eos_token_id not in ids
-    assert sorted(map(tuple, everything)) == sorted(set(map(tuple, everything)))  # every row once
-
-
-def test_eos_that_the_tokenizer_appends_is_taken_off(tmp_path, tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    appending = copy.deepcopy(tokenizer)
-    appending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
-    assert appending("w5")["input_ids"] == [5, 2]
-    source = write_rows(tmp_path / "rows.json", ROWS)
-    assert alpaca_dataset(source, appending, 256, seed=0) == alpaca_dataset(source, tokenizer, 256, seed=0)
-
-
-def test_alpaca_rows_are_cut_and_drawn_by_the_seed(tmp_path, tokenizer):
-    source = write_rows(tmp_path / "rows.json", ROWS)
-    train, _ = alpaca_dataset(source, tokenizer, max_length=8, seed=0)
-    assert {len(row["input_ids"]) for row in train} == {8}
-    assert alpaca_dataset(source, tokenizer, 256, seed=1) == alpaca_dataset(source, tokenizer, 256, seed=1)
-    assert alpaca_dataset(source, tokenizer, 256, seed=1) != alpaca_dataset(source, tokenizer, 256, seed=2)
-    assert len(alpaca_dataset(source, tokenizer, 256, seed=0, n_validation=2)[1]) == 2
-
-
-def test_template_is_alpacas():
-    text = recovery.ALPACA_WITH_INPUT.format(instruction="Add.", input="1, 2", output="3")
-    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3")
-    assert "### Input" not in recovery.ALPACA_WITHOUT_INPUT
-
-
-def test_braces_in_a_row_are_text(tmp_path, tokenizer):
-    rows = [{"instruction": "{input} {x}", "input": "", "output": "{}"}] * 2
-    assert alpaca_dataset(write_rows(tmp_path / "rows.json", rows), tokenizer, 256, seed=0)
-
-
-@pytest.mark.parametrize(("row", "sentence"), [
-    ({"instruction": "a", "output": "b"}, "Row 31 of .*rows.json has no text 'input'"),
-    ({"instruction": "a", "input": "", "output": None}, "Row 31 of .*rows.json has no text 'output'"),
-    ("just a string", "Row 31 of .*rows.json has no text 'instruction'"),
-])
-def test_a_row_not_in_alpaca_form_is_named(tmp_path, tokenizer, row, sentence):
-    with pytest.raises(SimDiffError, match=sentence):
-        alpaca_dataset(write_rows(tmp_path / "rows.json", [*ROWS, row]), tokenizer, 256, seed=0)
-
-
-def test_sources_that_cannot_be_read(tmp_path, tokenizer):
-    with pytest.raises(SimDiffError, match="There is no file .*gone.jsonl"):
-        alpaca_dataset(str(tmp_path / "gone.jsonl"), tokenizer, 256, seed=0)
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"instruction": "a",\n')
-    with pytest.raises(SimDiffError, match="no JSON lines file"):
-        alpaca_dataset(str(broken), tokenizer, 256, seed=0)
-    with pytest.raises(SimDiffError, match="holds 0 rows"):
-        alpaca_dataset(write_rows(tmp_path / "empty.json", []), tokenizer, 256, seed=0)
-    with pytest.raises(SimDiffError, match="nobody/no-such-data could not be loaded .* offline"):
-        alpaca_dataset("nobody/no-such-data", tokenizer, 256, seed=0)
-
-
-def test_padding_is_never_a_label_and_the_prompt_always_is():
-    batch = pad_rows([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]  # position 0 is nobody's target
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -134,22 +47,24 @@ def pattern():
     return (torch.arange(20) + torch.arange(8)[:, None]) % 12 + 5
 
 
-def train(model, tokenizer, blocks, folder, recipe=TINY, dtype=torch.float32, seed=0):
-    return train_lora(model, tokenizer, block_dataset(blocks), block_dataset(blocks[:2]), recipe, folder, dtype, seed)
+def train(model, tokenizer, blocks, folder, recipe=TINY, dtype=torch.float32, seed=0, **teacher):
+    return train_lora(model, tokenizer, block_rows(blocks, blocks[:2], tokenizer), recipe, folder, dtype, seed, **teacher)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_loss_falls_and_the_log_tells_it(make_tiny, tokenizer, pattern, tmp_path, name):
     recipe = Recipe(data="text", learning_rate=2e-2, batch_size=8, micro_batch_size=4, dropout=0.0, max_steps=12)
-    model, log, n_trained = train(make_tiny(name), tokenizer, pattern, tmp_path, recipe)
-    assert list(log.columns) == ["step", "loss", "eval_loss", "seconds"]
+    trained = train(make_tiny(name), tokenizer, pattern, tmp_path, recipe)
+    model, log = trained.model, trained.log
+    assert list(log.columns) == ["step", "tokens", "loss", "eval_loss", "learning_rate", "seconds"]
     assert log["step"].tolist() == list(range(13))
-    assert log["eval_loss"].notna().tolist() == [True, *[False] * 11, True]
+    assert log["tokens"].tolist() == [160 * step for step in range(13)]
+    assert log.loc[log["eval_loss"].notna(), "step"].tolist() == [0, 3, 6, 9, 12]
     assert np.isnan(log["loss"][0])
     assert log["loss"].iloc[-1] < 0.8 * log["loss"][1]
     assert log["eval_loss"].iloc[-1] < 0.8 * log["eval_loss"][0]
     assert log["seconds"].is_monotonic_increasing
-    assert n_trained == sum(p.numel() for p in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
+    assert trained.n_trained == sum(p.numel() for p in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
     with torch.inference_mode():  # the merged model is what was evaluated last
         assert model(pattern[:2], labels=pattern[:2]).loss.item() == pytest.approx(log["eval_loss"].iloc[-1], rel=1e-3)
 
@@ -160,7 +75,7 @@ def test_merged_weights_are_the_old_ones_plus_scaled_b_a(make_tiny, tokenizer, p
     model = make_tiny(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     config = model.config.to_dict()
-    merged, _, _ = train(model, tokenizer, pattern, tmp_path, dtype=dtype)
+    merged = train(model, tokenizer, pattern, tmp_path, dtype=dtype).model
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     after = merged.state_dict()
     assert after.keys() == before.keys()
@@ -186,7 +101,7 @@ def test_merged_weights_are_the_old_ones_plus_scaled_b_a(make_tiny, tokenizer, p
 
 def test_same_seed_same_log_other_seed_another(make_tiny, tokenizer, pattern, tmp_path):
     recipe = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=2, dropout=0.3, max_steps=3)
-    logs = [train(make_tiny("llama"), tokenizer, pattern, tmp_path / str(i), recipe, seed=seed)[1]
+    logs = [train(make_tiny("llama"), tokenizer, pattern, tmp_path / str(i), recipe, seed=seed).log
             for i, seed in enumerate((0, 0, 1))]
     losses = [log["loss"][1:].tolist() for log in logs]
     assert losses[0] == losses[1]
@@ -195,12 +110,13 @@ def test_same_seed_same_log_other_seed_another(make_tiny, tokenizer, pattern, tm
 
 def test_micro_batches_make_the_step_of_the_whole_batch(make_tiny, tokenizer, tmp_path):
     """Rows of unequal length: the mean is over the batch's tokens, not over the micro-batches' means."""
-    rows = [{"input_ids": list(range(5, 5 + n))} for n in (3, 20, 7, 12)]
+    train_rows = [{"input_ids": list(range(5, 5 + n))} for n in (3, 20, 7, 12)]
+    rows = dataclasses.replace(block_rows(torch.ones(1, 2, dtype=torch.long), torch.ones(0, 2), tokenizer), train=train_rows)
     weights = []
     for micro_batch_size in (1, 4):
         recipe = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=micro_batch_size, dropout=0.0,
                         max_steps=2)
-        model, log, _ = train_lora(make_tiny("llama"), tokenizer, rows, None, recipe, tmp_path, torch.float32, seed=0)
+        log = train_lora(make_tiny("llama"), tokenizer, rows, recipe, tmp_path, torch.float32, seed=0).log
         weights.append(log["loss"].tolist())
         assert log["step"].tolist() == [1, 2]
         assert log["eval_loss"].isna().all()
@@ -256,3 +172,167 @@ def test_requests_that_cannot_be_trained(llama, tokenizer, pattern, tmp_path):
     with pytest.raises(SimDiffError, match="batch_size 4 is no multiple of the 3"):
         train(llama, tokenizer, pattern, tmp_path, Recipe(
             data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=3, dropout=0.0, max_steps=1))
+
+
+def test_modules_the_layers_do_not_have_are_named(llama):
+    with pytest.raises(SimDiffError, match="names query, and the layers of LlamaForCausalLM have down_proj, gate_proj"):
+        lora_config(llama, dataclasses.replace(TINY, target_modules=("q_proj", "query")))
+    chosen = lora_config(llama, dataclasses.replace(TINY, target_modules=("q_proj",)))
+    assert chosen.target_modules == {"q_proj"}
+
+
+def test_rows_beyond_the_context_are_refused(llama, tokenizer, tmp_path):
+    with pytest.raises(SimDiffError, match="65 tokens, and the model was built for 64: lower max_length"):
+        train(llama, tokenizer, torch.ones(4, 65, dtype=torch.long), tmp_path)
+
+
+def test_a_loss_that_is_lost_stops_the_training(llama, tokenizer, pattern, tmp_path):
+    with torch.no_grad():
+        llama.lm_head.weight[0] = float("inf")
+    with pytest.raises(SimDiffError, match="not finite any more at step 1: lower learning_rate"):
+        train_lora(llama, tokenizer, block_rows(pattern, pattern[:0], tokenizer), TINY, tmp_path, torch.float32, seed=0)
+
+
+def test_curves_for_tensorboard(llama, tokenizer, pattern, tmp_path):
+    train(llama, tokenizer, pattern, tmp_path, dataclasses.replace(TINY, report_to="tensorboard"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(tmp_path / "curves"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in curves.Scalars("eval/loss")] == [0, 1, 2, 3, 4]
+
+
+def test_gradient_checkpointing_changes_no_loss(make_tiny, tokenizer, pattern, tmp_path):
+    for teacher in ({}, {"teacher": Decoder(make_tiny("llama"))}):
+        losses = [train(make_tiny("gemma3"), tokenizer, pattern, tmp_path, dataclasses.replace(
+            TINY, gradient_checkpointing=checkpointing), **teacher).log["loss"][1:].tolist()
+            for checkpointing in (False, True)]
+        np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma3"])
+def test_distillation_loss_and_its_gradient_are_those_of_whole_logits(make_tiny, monkeypatch, name):
+    student, teacher = Decoder(make_tiny(name).double()), Decoder(make_tiny(name, seed=1).double())
+    monkeypatch.setattr(recovery, "CHUNK", 4)
+    states, wanted = torch.randn(2, 11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states.requires_grad_()
+    loss = 3 * distillation_loss(student, teacher, states, wanted)  # a later factor must reach the gradient
+    (found,) = torch.autograd.grad(loss, states)
+    p = teacher.logits(wanted[None])[0].detach().softmax(-1)
+    q = student.logits(states[None])[0].softmax(-1)
+    oracle = 3 * (p * (p.log() - q.log())).sum()
+    (gradient,) = torch.autograd.grad(oracle, states)
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)  # the softmax is float32
+    torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_that_is_the_same_model_is_no_distance_away(make_tiny, tokenizer, pattern, tmp_path):
+    log = train(make_tiny("llama"), tokenizer, pattern, tmp_path, teacher=Decoder(make_tiny("llama"))).log
+    assert abs(log["loss"][1]) < 1e-6  # before the first update, which follows rounding alone
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
+def test_distillation_brings_the_student_near_the_teacher(make_tiny, tokenizer, pattern, tmp_path, name):
+    recipe = dataclasses.replace(TINY, max_steps=12, learning_rate=2e-2, batch_size=8, micro_batch_size=4)
+    log = train(make_tiny(name), tokenizer, pattern, tmp_path, recipe, teacher=Decoder(make_tiny(name, seed=1))).log
+    assert log["loss"].iloc[-1] < 0.8 * log["loss"][1]
+
+
+def test_padding_teaches_nothing(make_tiny, tokenizer, tmp_path):
+    """Rows of unequal length, distilled in one batch and one by one: the mean is over the batch's predictions."""
+    rows = [{"input_ids": list(range(5, 5 + n))} for n in (3, 20, 7, 12)]
+    rows = dataclasses.replace(block_rows(torch.ones(1, 2, dtype=torch.long), torch.ones(0, 2), tokenizer), train=rows)
+    losses = [train_lora(make_tiny("llama"), tokenizer, rows, dataclasses.replace(TINY, micro_batch_size=size), tmp_path,
+                         torch.float32, 0, Decoder(make_tiny("llama", seed=1))).log["loss"].tolist() for size in (1, 4)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+# ---- going on after a kill -------------------------------------------------------------------------------------------
+
+LONG = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=2, dropout=0.3, max_steps=24,
+              n_evaluations=12)
+CHILD = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import conftest, test_recovery as t
+from pathlib import Path
+pattern = (torch.arange(20) + torch.arange(11)[:, None]) % 12 + 5
+make = conftest.build_tiny
+teacher = {{"teacher": t.Decoder(make("llama", seed=1))}} if {distillation} else {{}}
+t.train(make("llama"), conftest.build_tokenizer(), pattern, Path({folder!r}), t.LONG, **teacher).log.to_csv({log!r}, index=False)
+"""
+
+
+def start_child(folder, distillation):
+    code = CHILD.format(tests=str(Path(__file__).parent), folder=str(folder), log=str(folder) + ".csv",
+                        distillation=distillation)
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distillation", [False, True])
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path, distillation):
+    import pandas as pd
+
+    undisturbed = start_child(tmp_path / "whole", distillation)
+    killed = start_child(tmp_path / "killed", distillation)
+    folder, n_kills = tmp_path / "killed", 0
+    wanted = int(np.random.default_rng().integers(2, 20))  # a random step, another in each run of this test
+    while killed.poll() is None:
+        reached = max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+        if n_kills < 2 and reached >= wanted:
+            killed.send_signal(signal.SIGKILL)
+            killed.wait()
+            assert not (tmp_path / "killed.csv").exists()
+            killed, n_kills, wanted = start_child(folder, distillation), n_kills + 1, 20
+        time.sleep(0.02)
+    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    assert killed.returncode == 0, killed.stderr.read()
+    whole, resumed = (pd.read_csv(tmp_path / f"{name}.csv").drop(columns="seconds") for name in ("whole", "killed"))
+    assert n_kills >= 1
+    assert len(whole) == 25
+    pd.testing.assert_frame_equal(whole, resumed, check_exact=True)
+    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert [path.name for path in folder.iterdir()] == ["adapter"]
+
+
+def interrupt_at(step, monkeypatch):
+    """Ctrl-C at the end of a step; everything else as it is."""
+    original = recovery._Bar.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(recovery._Bar, "on_step_end", on_step_end)
+
+
+def test_a_checkpoint_cut_off_while_it_was_saved_is_not_used(make_tiny, tokenizer, pattern, tmp_path, monkeypatch):
+    undisturbed = train(make_tiny("llama"), tokenizer, pattern, tmp_path / "whole", LONG).log
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(9, patch)
+        train(make_tiny("llama"), tokenizer, pattern, tmp_path / "cut", LONG)
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    (tmp_path / "cut" / "checkpoint-8" / "complete.json").unlink()
+    (tmp_path / "cut" / "checkpoint-8" / "optimizer.pt").write_bytes(b"PK")
+    log = train(make_tiny("llama"), tokenizer, pattern, tmp_path / "cut", LONG).log
+    assert log.drop(columns="seconds").equals(undisturbed.drop(columns="seconds"))
+    assert log["seconds"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("change", ["recipe", "rows", "weights", "seed", "marker"])
+def test_checkpoints_of_another_training_are_refused(make_tiny, tokenizer, pattern, tmp_path, monkeypatch, change):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        train(make_tiny("llama"), tokenizer, pattern, tmp_path, LONG)
+    if change == "marker":
+        (tmp_path / "training.json").unlink()
+    with pytest.raises(SimDiffError, match="holds checkpoints of another training"):
+        train(make_tiny("llama", seed=int(change == "weights")), tokenizer, pattern + (change == "rows"), tmp_path,
+              dataclasses.replace(LONG, learning_rate=2e-2) if change == "recipe" else LONG, seed=int(change == "seed"))
+    assert (tmp_path / "checkpoint-4").exists()
