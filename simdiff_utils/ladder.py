@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from accelerate import PartialState
 
 from simdiff_utils.decoder import Decoder
@@ -54,7 +53,7 @@ class Ladder(Run):
 
     def without_copy(self) -> Path:
         """The same in the run folder alone, whatever `settings.export_to` says."""
-        return self._with(export_to="")._made()
+        return self.repaired_checkpoint() if self.settings.training == "none" else self.recovery() / "model"
 
     def recovery(self) -> Path:
         """Stage recovery: folder with `model/` (merged), `adapter/`, `log.csv`, `curves/` where asked for, and facts.
@@ -71,7 +70,8 @@ class Ladder(Run):
         work = self.folder / f"training-{target.name.removeprefix('recovery-')}"
         teacher = None
         if s.training == "distillation":
-            teacher = self.decoder if self.model.dtype == dtype else Decoder(load_model(self.checkpoint.folder, s.train_dtype))
+            same = self.model.dtype == dtype
+            teacher = self.decoder if same else Decoder(load_model(self.checkpoint.folder, s.train_dtype))
         trained = train_lora(load_model(start, "float32"), self.tokenizer, rows, self.recipe, work, dtype, s.seed, teacher)
 
         def make(folder: Path) -> dict:
@@ -79,7 +79,7 @@ class Ladder(Run):
             trained.log.to_csv(folder / "log.csv", index=False)
             shutil.copytree(work, folder, dirs_exist_ok=True)
             what = "LoRA with distillation" if teacher else "LoRA"
-            export_recovered(trained.model.to(getattr(torch, s.export_dtype)), start, folder / "model", {
+            export_recovered(trained.model.to(pick_dtype(s.export_dtype)), start, folder / "model", {
                 "recovery": f"{what}, {int(steps['step'])} steps, {dtype}, {rows.template}".replace("torch.", ""),
                 "loss on held-out rows, before and after": f"{last.iloc[0]:.3f}, {last.iloc[-1]:.3f} nats per token"})
             return {"n_trained": trained.n_trained, "n_parameters": trained.model.num_parameters(),
@@ -103,7 +103,7 @@ class Ladder(Run):
             cuts = repair(self.decoder, model, self.removed(), self.blocks("train"), self.settings.batch_size,
                           self.settings.repair)
             cuts.to_csv(folder / "cuts.csv", index=False)
-            export_recovered(model.to(getattr(torch, self.settings.export_dtype)), pruned, folder / "model", {
+            export_recovered(model.to(pick_dtype(self.settings.export_dtype)), pruned, folder / "model", {
                 "repair": f"{self.settings.repair}, without training, at {cuts['layer_idx'].notna().sum()} of "
                           f"{len(cuts)} cuts"})
             return {"n_tokens": self.settings.n_samples * self.settings.seq_len,
@@ -162,9 +162,6 @@ class Ladder(Run):
             costs = {"seconds": costs["seconds"] + facts["train_seconds"], "n_trained": facts["n_trained"],
                      "n_tokens": costs["n_tokens"] + facts["n_tokens"]}
         return costs
-
-    def _made(self) -> Path:
-        return self.repaired_checkpoint() if self.settings.training == "none" else self.recovery() / "model"
 
     def _with(self, **settings: object) -> "Ladder":
         self._tokenised, self._evaluators  # so that both share them  # noqa: B018

@@ -184,12 +184,13 @@ def distillation_loss(student: Decoder, teacher: Decoder, states: Tensor, wanted
     Returns:
         a scalar, at least 0.
     """
+    # Each position is a sequence of its own, as in `task_lm`: together they may be more than the model has positions.
     gradient, total = torch.empty_like(states), states.new_zeros((), dtype=torch.float32)
     for part, own, theirs in zip(gradient.split(CHUNK), states.detach().split(CHUNK), wanted.split(CHUNK), strict=True):
         with torch.no_grad():
             target = teacher.logits(theirs[:, None])[:, 0].float().log_softmax(-1)
         own = own.requires_grad_()
-        found = student.logits(own[:, None])[:, 0].float().log_softmax(-1)  # a sequence each: no position is too far
+        found = student.logits(own[:, None])[:, 0].float().log_softmax(-1)
         loss = kl_div(found, target.to(found.device), log_target=True, reduction="sum")
         part.copy_(*torch.autograd.grad(loss, own))
         total += loss.detach()
