@@ -142,7 +142,7 @@ class Ladder(Run):
         rows = [{"rung": "dense", "perplexity": dense}, {"rung": "pruned", "perplexity": pruned}]
         for rung in (self.rung(*pair) for pair in dict.fromkeys(rungs) if pair != ("none", "none")):
             rows.append({"rung": rung.name, "perplexity": perplexity(rung.recovered_losses())} | rung.costs())
-        table = pd.DataFrame(rows).fillna({"seconds": 0.0, "n_tokens": 0, "n_trained": 0})
+        table = pd.DataFrame(rows, columns=["rung", "perplexity", "seconds", "n_tokens", "n_trained"]).fillna(0)
         lost = np.log(table["perplexity"]) - log(dense)
         return table.astype({"n_tokens": int, "n_trained": int}).assign(share=1 - lost / (log(pruned) - log(dense)))
 

@@ -56,6 +56,12 @@ def test_every_rung_is_made_once_and_measured_as_it_was_written(ladder):
     assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")}
 
 
+def test_the_pruned_model_alone_is_a_table_too(ladder):
+    table = ladder().compare_rungs([("none", "none")])
+    assert table["rung"].tolist() == ["dense", "pruned"]
+    assert table[["seconds", "n_tokens", "n_trained", "share"]].to_numpy().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+
+
 def test_what_a_recovery_leaves(ladder):
     run = ladder(repair="linear", training="lora", report_to="tensorboard")
     folder = run.recovery()
