@@ -1,6 +1,7 @@
 """Every method on the embedded models: the rows and figures that notebook 06 and the README show.
 
-    python tests/benchmarks/comparison.py smollm2 --data ../shared/data [--grid 3 6] [--windows 64] [--tasks]
+    python tests/benchmarks/comparison.py smollm2 --data ../shared/data [--grid 3 6] [--windows 64] [--tasks [3 6]]
+                                                 [--stories 100]
 
 Takes hours on two cores and goes on where it stopped: what is measured lies in runs/, and in the committed ledger
 (figures/06_ledger.jsonl, a line for each choice, each set's losses and each task's scores), so that another machine can go
@@ -66,14 +67,17 @@ def main() -> None:
     parser.add_argument("--grid", type=int, nargs="+", help="numbers of layers to remove (default: the model's)")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--tasks", type=int, nargs="*", help="numbers of layers for the tasks (default: none)")
+    parser.add_argument("--stories", type=int, default=100, help="of CoQA, beside the tasks; 0: none")
     parser.add_argument("--figures", type=Path, default=Path("figures"))
     given = parser.parse_args()
     name, grid, task_grid = MODELS[given.model]
     task_grid = [] if given.tasks is None else given.tasks or task_grid
     run = Comparison(Settings(model=name, n_remove_grid=given.grid or grid, data_folder=given.data,
-                              n_windows=given.windows, task_grid=task_grid, **SHARED))
+                              n_windows=given.windows, task_grid=task_grid, n_stories=given.stories, **SHARED))
     read_ledger(run, given.figures / LEDGER)
     command = f"python tests/benchmarks/comparison.py {given.model} --grid {' '.join(map(str, run.grid))} --windows {given.windows}"
+    if task_grid:
+        command += f" --tasks {' '.join(map(str, task_grid))} --stories {given.stories}"
     rows = run.rows()
     write_rows(rows, given.figures / ROWS, command)
     write_ledger(run, given.figures / LEDGER)
