@@ -10,6 +10,7 @@ from simdiff_utils.comparison import PERPLEXITY
 from simdiff_utils.plots import COLOURS, DASHES, MARKERS, NAMES, plain_log_axis
 
 _SHORT = {PERPLEXITY: "WikiText-2 test perplexity", "AVG": "zero-shot average, acc"}
+_BROKEN = 10  # times the dense perplexity, likewise in the ranking, where intervals are to be seen
 _COLLAPSED = 2000  # perplexity drawn at the edge: the order of broken models is not worth the room of the others
 
 
@@ -32,27 +33,26 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
         axis = next(places[model])
         axis.set_visible(True)
         shortgpt = [tuple(removed) for removed in panel.loc[panel["method"] == "cosine", "removed"]]
+        dense = rows.loc[(rows["model"] == model) & (rows["n_remove"] == 0), "value"].iloc[0]
+        edge = _BROKEN * dense if metric == PERPLEXITY else 1.0
         for row in panel.itertuples():
             y, colour = methods.index(row.method), COLOURS[row.method]
-            low, value, high = (min(x, _COLLAPSED) if metric == PERPLEXITY else x for x in (row.low, row.value, row.high))
+            low, value, high = (min(x, edge) for x in (row.low, row.value, row.high))
             axis.plot([low, high], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
             hollow = tuple(row.removed) in shortgpt and MARKERS[row.method] not in "x+1"
             axis.plot(value, y, MARKERS[row.method], color=colour, ms=8, mfc="white" if hollow else None, clip_on=False)
-        dense = rows[(rows["model"] == model) & (rows["n_remove"] == 0)]["value"]
-        axis.axvline(dense.iloc[0], color=COLOURS["dense"], ls=":", lw=1.2)
+        axis.axvline(dense, color=COLOURS["dense"], ls=":", lw=1.2)
         if metric == PERPLEXITY:
             axis.set(xscale="log")
-            axis.set_xlim(None, min(_COLLAPSED, 3 * panel["value"].clip(upper=_COLLAPSED).max()))
+            axis.set_xlim(None, min(edge, 1.2 * panel["value"].max()))
             plain_log_axis(axis.xaxis)
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value / 1000:g}k")
-            axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 3) if panel["value"].max() < 3e3 else (1,)))
         else:
             axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set_title(f"{_brief(model)}\n{n_remove} layers removed", fontsize=10)
         axis.set(yticks=range(len(methods)), yticklabels=[NAMES[method] for method in methods], ylim=(len(methods) - 0.5, -0.5))
     figure.supxlabel(f"{_SHORT.get(metric, metric)}" + (" (log scale)" if metric == PERPLEXITY else "")
                      + "; bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set"
-                     + (f"; at the right edge: above {_COLLAPSED:,}" if metric == PERPLEXITY else ""), fontsize=10)
+                     + (f"; at the right edge: above {_BROKEN} times dense" if metric == PERPLEXITY else ""), fontsize=10)
     return figure
 
 
