@@ -1,7 +1,7 @@
 """SimDiff depth pruning: the functions the notebooks call.
 
 Data flows one way: text -> capture -> criteria -> alpha -> methods -> evaluator -> surgery -> export -> repair, recovery ->
-speed -> results -> plots. One engine, `decoder`, runs layers for all of them, from memory or from disk (`weights`,
+speed, bound -> comparison -> results -> plots. One engine, `decoder`, runs layers for all of them, from memory or from disk (`weights`,
 `memory`). `stages` chains them and remembers what was computed; everything else is usable alone.
 """
 

@@ -324,26 +324,6 @@ def plot_ladder(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_speed(measurements: pd.DataFrame, ideal: float) -> Figure:
-    """Tokens per second of every repeat of prefill and of decode; dashed, what the weights allow decode."""
-    phases = list(dict.fromkeys(measurements["phase"]))
-    figure, axes = plt.subplots(1, len(phases), figsize=(10, 3.2), squeeze=False)
-    for axis, phase in zip(axes[0], phases, strict=True):
-        part = measurements[measurements["phase"] == phase]
-        medians = part.groupby("model", sort=False)["tokens_per_s"].median()
-        for y, (name, median) in enumerate(medians.items()):
-            values = part.loc[part["model"] == name, "tokens_per_s"]
-            axis.barh(y, median, color=COLOURS[name], alpha=0.35, height=0.6)
-            axis.plot(values, np.full(len(values), y), MARKERS[name], color=COLOURS[name], ms=6, mfc="white")
-        if phase == "decode":  # prefill is bound by arithmetic, not by the weights read
-            axis.axvline(medians.iloc[0] * ideal, color="#333333", ls="--", lw=1.2)
-            axis.text(medians.iloc[0] * ideal, -0.6, f" ideal ×{ideal:.2f}", fontsize=9)
-        axis.set(title=phase, xlabel="tokens per second", yticks=range(len(medians)), yticklabels=list(medians.index),
-                 ylim=(len(medians) - 0.5, -0.8), xlim=(0, None))
-        axis.grid(axis="y", visible=False)
-    return figure
-
-
 def _layer_axis(axis: Axes) -> None:
     axis.set_xlabel("layer index")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -10,6 +10,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pandas as pd
 import psutil
 
 from simdiff_utils.files import read_json
@@ -114,6 +115,14 @@ def summarise(root: Path) -> str:
     if executed:
         lines.append(f"\nexecuted notebooks: {executed[-1].parent}")
     return "\n".join(lines)
+
+
+def stored_table(name: str) -> pd.DataFrame:
+    """A table of the workbook's own measurements, as committed in figures/ (beside this package)."""
+    path = repository_root(Path(__file__)) / "figures" / name
+    if not path.exists():
+        raise SimDiffError(f"{name} is not in {path.parent}; run the workbook from its repository.")
+    return pd.read_csv(path, comment="#")
 
 
 def publish_figures(root: Path, target: Path) -> None:

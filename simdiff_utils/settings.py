@@ -15,6 +15,7 @@ PRESETS = ("demo", "published")
 REPAIRS = ("none", "magnitude", "linear")  # no repair, and those of repair.REPAIRS
 TRAININGS = ("none", "lora", "distillation")
 REPORTS = ("none", "tensorboard")
+PROTOCOLS = ("demo", "interactive", "prefill", "paper")  # keys of speed.PROTOCOLS
 TASK_SUITES = ("zero_shot", "nlu")  # keys of tasks.SUITES
 
 
@@ -81,13 +82,16 @@ class Settings:
     gradient_checkpointing: bool = False
     report_to: str = "none"
     export_dtype: str = "float32"
-    # speed
+    # speed: 0 and [] keep the protocol's value
     speed_dtype: str = "auto"
-    speed_batch_size: int = 1
-    prefill_len: int = 512
-    prompt_len: int = 4
-    n_new_tokens: int = 32
-    n_repeats: int = 5
+    protocol: str = "demo"
+    speed_batch_sizes: list[int] = field(default_factory=list)
+    prompt_len: int = 0
+    n_new_tokens: int = 0
+    n_timed_steps: int = 0
+    n_pairs: int = 5
+    compiled: bool = False
+    speed_grid: list[int] = field(default_factory=list)
     # comparison: every method on WikiText-2's test split, some in lm-eval
     measure: bool = False
     data_folder: str = ""
@@ -108,7 +112,7 @@ class Settings:
             if type(value) is int and f.type is not int:  # 1 and 1.0 are one setting and must hash alike
                 object.__setattr__(self, f.name, float(value))
         for name in ("n_samples", "n_validation", "n_test", "batch_size", "n_remove", "max_iterations",
-                     "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats", "n_windows"):
+                     "n_pairs", "n_windows"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("seq_len", "window_len"):
             _require(getattr(self, name) >= 2, f"{name} must be at least 2 tokens, got {getattr(self, name)}.")
@@ -117,7 +121,8 @@ class Settings:
         _require(0 < self.confidence < 1, f"confidence must lie between 0 and 1, got {self.confidence}; exact = True "
                                           "drops nothing early.")
         _require(self.prompt.strip(), f"prompt must hold a word to start from, got {self.prompt!r}.")
-        for name, numbers in (("n_remove_grid", self.n_remove_grid), ("task_grid", self.task_grid or [1])):  # [] is none
+        for name, numbers in (("n_remove_grid", self.n_remove_grid), ("task_grid", self.task_grid or [1]),  # [] is none
+                              ("speed_batch_sizes", self.speed_batch_sizes or [1]), ("speed_grid", self.speed_grid or [1])):
             _require(numbers and all(type(k) is int and k >= 1 for k in numbers),
                      f"{name} must be a list of whole numbers of at least 1, got {numbers}.")
         if isinstance(self.alpha, str):
@@ -130,11 +135,11 @@ class Settings:
         for name, choices in (("criterion", CRITERIA), ("search", SEARCHES), ("dtype", DTYPES), ("train_dtype", DTYPES),
                               ("speed_dtype", DTYPES), ("export_dtype", DTYPES[1:]), ("preset", PRESETS),
                               ("repair", REPAIRS), ("training", TRAININGS), ("report_to", REPORTS),
-                              ("suite", TASK_SUITES)):
+                              ("suite", TASK_SUITES), ("protocol", PROTOCOLS)):
             _require(getattr(self, name) in choices,
                      f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         for name in ("max_perplexity_ratio", "learning_rate", "max_steps", "micro_batch_size", "max_length", "memory_gib",
-                     "task_limit", "n_stories"):
+                     "task_limit", "n_stories", "prompt_len", "n_new_tokens", "n_timed_steps"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 (off) or more, got {getattr(self, name)}.")
 
     def key(self, names: tuple[str, ...], **identity: str) -> str:

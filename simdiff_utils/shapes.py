@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from simdiff_utils.assets import cache_dir
 from simdiff_utils.files import check_disk, write_json, write_whole
-from simdiff_utils.models import decoder_layers
+from simdiff_utils.models import decoder_layers, pick_device
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.weights import skeleton
 
@@ -62,11 +62,29 @@ def shape_folder(shape: str) -> Path:
         raise SimDiffError(f"the shape {found[1]} has 1 to {sizes['num_hidden_layers']} layers, got {n_layers}.")
     target = cache_dir() / "checkpoints" / f"shape-{found[1]}-{n_layers}"
     if not target.exists():
-        model = skeleton(AutoConfig.for_model(**sizes | {"num_hidden_layers": n_layers}), torch.bfloat16)
+        model = skeleton(paper_config(SHAPES[found[1]], n_layers), torch.bfloat16)
         check_disk(target, sum(2 * p.numel() for p in model.parameters()), f"the shape {shape}")
         with write_whole(target, replace=False) as partial:
             _write_random(model, partial)
     return target
+
+
+def paper_config(hub_id: str, n_layers: int = 0) -> PretrainedConfig:
+    """Config of one of `PAPER_MODELS`, with all its layers (0) or another number of them."""
+    sizes = PAPER_MODELS[hub_id]
+    return AutoConfig.for_model(**sizes | {"num_hidden_layers": n_layers or sizes["num_hidden_layers"]})
+
+
+def random_model(shape: str, dtype: torch.dtype, n_layers: int = 0) -> PreTrainedModel:
+    """A shape with random weights made where they are used (`pick_device`); nothing is written.
+
+    Args:
+        n_layers: 0: all.
+    """
+    if shape not in SHAPES:
+        raise SimDiffError(f"there is no shape {shape!r}; the shapes are {', '.join(SHAPES)}.")
+    with pick_device():
+        return AutoModelForCausalLM.from_config(paper_config(SHAPES[shape], n_layers), dtype=dtype).eval()
 
 
 def _write_random(model: PreTrainedModel, folder: Path) -> None:
@@ -107,5 +125,5 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def count_parameters(hub_id: str) -> int:
     """Parameters of one of `PAPER_MODELS`, counted on its real architecture without memory (meta device)."""
-    model = skeleton(AutoConfig.for_model(**PAPER_MODELS[hub_id]))
+    model = skeleton(paper_config(hub_id))
     return sum(p.numel() for p in model.parameters())  # a tied matrix counts once

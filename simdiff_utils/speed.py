@@ -1,46 +1,102 @@
-"""Speed: prefill and decode timed on a real KV cache, peak memory of a fresh process, and the ideal beside them.
+"""Speed: prefill and decode timed on a real KV cache by a named protocol, dense and pruned in turns.
 
-Prefill reads many tokens in one pass and is bound by arithmetic; decode reads all weights once per token and is
-bound by memory bandwidth, so leaving layers out helps it by the share of weights they held, and by no more.
+Prefill reads the whole prompt in one pass and is bound by arithmetic; decode reads all weights once per token and is
+bound by memory bandwidth (`bound` says how far either can go). What is timed is checked: the layers of each model are
+those that its set of removed layers leaves of the dense one, and the cache holds after each run what the protocol says.
 """
 
-import argparse
+import copy
 import inspect
-import json
 import time
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from simdiff_utils.results import peak_memory_gib, run_fresh
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils.models import decoder_layers
+from simdiff_utils.settings import SimDiffError, one_line
+from simdiff_utils.surgery import keep, layers_removed
 
 
-def parameters_read_per_token(model: PreTrainedModel) -> int:
-    """Weights one decode step has to read, for a dense (not mixture-of-experts) decoder.
+@dataclass(frozen=True)
+class Protocol:
+    """What one run reads and writes.
 
-    All parameters, each once: a matrix tied to the head counts as the head. Embeddings that are not the head
-    (untied input, learned positions) count nothing: a step reads one row of them.
+    Attributes:
+        batch_size: sequences at once.
+        prompt_len: tokens of each that one pass reads (prefill; its time is the time to the first token).
+        n_new_tokens: tokens then decoded, one pass each, greedily and without an early end; 0: prefill alone.
+        n_timed_steps: 0: all steps are timed. Else so many at each of `N_LENGTHS` lengths of the cache, which is filled
+            with random states; the decode's time is then the integral over the lengths between, and is labelled so.
     """
-    head = model.get_output_embeddings()
-    lookups = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-    if head is not None:
-        lookups.pop(id(head.weight), None)
-    return sum(p.numel() for p in model.parameters()) - sum(lookups.values())
+
+    batch_size: int
+    prompt_len: int
+    n_new_tokens: int
+    n_timed_steps: int = 0
+
+    @property
+    def decode_phase(self) -> str:
+        """How the decode's rows are labelled."""
+        return "decode (integrated)" if self.n_timed_steps else "decode"
 
 
-def ideal_speedup(dense: PreTrainedModel, pruned: PreTrainedModel) -> float:
-    """How many times faster decode could at best become: the ratio of the weights read per token."""
-    return parameters_read_per_token(dense) / parameters_read_per_token(pruned)
+PROTOCOLS = {"demo": Protocol(1, 256, 16), "interactive": Protocol(1, 512, 128), "prefill": Protocol(1, 2048, 0),
+             "paper": Protocol(16, 4, 2048)}  # paper: SimDiff, Table 4
+N_LENGTHS = 5
+MAX_WARM_UP, STABLE = 4, 0.05  # untimed rounds until two differ by less than this share
+Step = Callable[..., object]  # the model's forward, as it is or compiled
+
+
+# ---- what is timed -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_layers(model: PreTrainedModel, removed: frozenset[int]) -> Iterator[PreTrainedModel]:
+    """A second model without some layers, on the very weights of the first: both can be timed, neither is copied.
+
+    Raises:
+        SimDiffError: as `surgery.plan_cut`.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    with layers_removed(copy.deepcopy(model, shared), removed) as shallow:
+        yield shallow
+
+
+def check_layers(dense: PreTrainedModel, timed: PreTrainedModel, removed: frozenset[int]) -> None:
+    """Refuse to time a model whose layers are not those that `removed` (0-based) leaves of the dense one, bit for bit."""
+    layers, timed_layers = decoder_layers(dense), decoder_layers(timed)
+    kept = keep(removed, len(layers))
+    if len(timed_layers) != len(kept):
+        raise SimDiffError(f"The model to be timed has {len(timed_layers)} layers where {len(kept)} should be left; "
+                           "export it again.")
+    for new_idx, old_idx in enumerate(kept):
+        mine, theirs = (dict(layer.named_parameters()) for layer in (layers[old_idx], timed_layers[new_idx]))
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[name], theirs[name].to(mine[name])) for name in mine):
+            raise SimDiffError(f"Layer {new_idx} of the model to be timed is not layer {old_idx} of the dense one: this "
+                               "is not the model without the layers named; export it again.")
+
+
+def compile_step(model: PreTrainedModel) -> Step:
+    """The decode step compiled for a static cache; on a GPU as a CUDA graph, which takes Python's time out of it."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    return torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
+
+
+# ---- one run -------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Cache]:
-    """One pass over [batch, length] into a fresh KV cache.
+def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    """One pass over [batch, length] into an empty KV cache (the model's own kind where none is given).
 
     Returns:
         (the greedy next token [batch, 1], the cache, which now holds `length` tokens).
@@ -50,83 +106,78 @@ def prefill(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Cache]:
     """
     # Only the last position's logits are needed; those of all would cost more than the layers do.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=input_ids, use_cache=True, **last_only)
+    output = model(input_ids=input_ids, use_cache=True, past_key_values=cache, **last_only)
     _check_cache(output.past_key_values, input_ids.shape[1])
     return output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, token: Tensor, cache: Cache, n_new_tokens: int) -> Tensor:
+def decode(step: Step, token: Tensor, cache: Cache, n_new_tokens: int) -> Tensor:
     """Greedy generation on the cache, one pass per token, always `n_new_tokens` passes (no early end).
 
     Args:
+        step: the model, or its compiled step where the cache is static.
         token: the first token to read, [batch, 1], as `prefill` returns it.
 
     Returns:
         The tokens that followed it, [batch, n_new_tokens].
     """
-    n_cached = cache.get_seq_length()
+    n_cached = int(cache.get_seq_length())
     generated = []
     for _ in range(n_new_tokens):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        logits = step(input_ids=token, past_key_values=cache, use_cache=True).logits
+        token = logits[:, -1:].argmax(-1).clone()  # a CUDA graph writes its next answer over this one
         generated.append(token)
     _check_cache(cache, n_cached + n_new_tokens)
-    return torch.cat(generated, dim=1)
+    return torch.cat(generated, dim=1) if generated else token[:, :0]
 
 
 def _check_cache(cache: object, n_tokens: int) -> None:
-    length = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    length = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     if length != n_tokens:
         raise SimDiffError(f"The KV cache holds {length} tokens where {n_tokens} were read: this model cannot be "
                            "timed with a KV cache.")
 
 
-def measure_speed(models: dict[str, PreTrainedModel], *, batch_size: int, prefill_len: int, prompt_len: int,
-                  n_new_tokens: int, n_repeats: int, seed: int = 0) -> pd.DataFrame:
-    """Time all models in turns on the same random tokens, so that a drift of the machine meets each alike.
-
-    Each repeat times every model once, in an order that reverses from repeat to repeat; a whole untimed round
-    comes first. Lengths are in tokens, per sequence.
-
-    Returns:
-        One row per (model, phase, repeat) in the order measured: model, phase ("prefill" or "decode"), repeat,
-        seconds, tokens (of the whole batch), tokens_per_s. The pass over decode's prompt is not timed.
-
-    Raises:
-        SimDiffError: more tokens than a model's context holds, or a model that keeps no KV cache.
-    """
-    longest = max(prefill_len, prompt_len + n_new_tokens)
-    for name, model in models.items():
-        limit = getattr(model.config, "max_position_embeddings", None) or longest
-        if longest > limit:
-            raise SimDiffError(f"The speed run reads {longest} tokens, {name}'s context holds {limit}: lower "
-                               "prefill_len, or prompt_len and n_new_tokens.")
-    n_vocab = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
-    tokens = torch.randint(n_vocab, (batch_size, max(prefill_len, prompt_len)),
-                           generator=torch.Generator().manual_seed(seed))
-    rows = []
-    with tqdm(total=(n_repeats + 1) * len(models), desc="time prefill and decode") as bar:
-        for repeat in range(-1, n_repeats):  # -1 warms up
-            for name in list(models) if repeat % 2 == 0 else reversed(models):
-                seconds = _time_once(models[name], tokens[:, :prefill_len], tokens[:, :prompt_len], n_new_tokens)
-                counts = {"prefill": batch_size * prefill_len, "decode": batch_size * n_new_tokens}
-                rows += [{"model": name, "phase": phase, "repeat": repeat, "seconds": seconds[phase],
-                          "tokens": n, "tokens_per_s": n / seconds[phase]}
-                         for phase, n in counts.items() if repeat >= 0]
-                bar.update()
-    return pd.DataFrame(rows)
+@torch.inference_mode()
+def fill_cache(model: PreTrainedModel, cache: Cache, batch_size: int, n_tokens: int) -> Cache:
+    """An empty cache filled with random keys and values of `n_tokens` tokens: the time of a step depends on no value."""
+    _, one = prefill(model, torch.zeros(batch_size, 1, dtype=torch.long, device=model.device))
+    for layer_idx, layer in enumerate(one.layers):
+        keys, values = (torch.randn_like(states.expand(-1, -1, n_tokens, -1)) for states in (layer.keys, layer.values))
+        cache.update(keys, values, layer_idx)
+    _check_cache(cache, n_tokens)
+    return cache
 
 
-def _time_once(model: PreTrainedModel, passage: Tensor, prompt: Tensor, n_new_tokens: int) -> dict[str, float]:
-    """Seconds of one prefill of `passage`, and of `n_new_tokens` decode steps after `prompt`."""
-    passage, prompt = passage.to(model.device), prompt.to(model.device)
-    start = _now(model)
-    prefill(model, passage)
-    prefill_seconds = _now(model) - start
-    token, cache = prefill(model, prompt)
-    start = _now(model)
-    decode(model, token, cache, n_new_tokens)
-    return {"prefill": prefill_seconds, "decode": _now(model) - start}
+def _new_cache(model: PreTrainedModel, compiled: bool, max_len: int) -> Cache:
+    return StaticCache(config=model.config, max_cache_len=max_len) if compiled else DynamicCache(config=model.config)
+
+
+def _time_run(model: PreTrainedModel, step: Step, compiled: bool, prompt: Tensor, protocol: Protocol) -> dict[str, float]:
+    """Seconds of each phase of one run."""
+    longest = protocol.prompt_len + protocol.n_new_tokens + 1
+    cache = _new_cache(model, compiled, longest)
+    started = _now(model)
+    token, cache = prefill(model, prompt, cache)
+    seconds = {"prefill": _now(model) - started}
+    if protocol.n_timed_steps:
+        del cache
+        lengths = np.linspace(protocol.prompt_len, longest - 1 - protocol.n_timed_steps, N_LENGTHS).astype(int)
+        per_step = []
+        for length in lengths:
+            cache = fill_cache(model, _new_cache(model, compiled, longest), protocol.batch_size, int(length))
+            started = _now(model)
+            decode(step, token, cache, protocol.n_timed_steps)
+            per_step.append((_now(model) - started) / protocol.n_timed_steps)
+        middle = lengths + (protocol.n_timed_steps - 1) / 2
+        every = np.interp(protocol.prompt_len + np.arange(protocol.n_new_tokens), middle, per_step)
+        seconds[protocol.decode_phase] = float(every.sum())
+    elif protocol.n_new_tokens:
+        started = _now(model)
+        decode(step, token, cache, protocol.n_new_tokens)
+        seconds[protocol.decode_phase] = _now(model) - started
+    return seconds
 
 
 def _now(model: PreTrainedModel) -> float:
@@ -136,76 +187,155 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def summarise_speed(samples: pd.DataFrame) -> pd.DataFrame:
-    """Medians and quartiles of `measure_speed`'s rows, and the speedup over the first model.
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
-    The speedup is the median over repeats of (first model's seconds / this one's) in the same repeat: pairs
-    taken close together share the machine's mood, so their ratio spreads less than the times do.
+
+def measure_speed(dense: PreTrainedModel, pruned: dict[frozenset[int], PreTrainedModel], protocol: Protocol,
+                  n_pairs: int, compiled: bool = False, seed: int = 0) -> pd.DataFrame:
+    """Time all models in turns on the same random tokens, so that a drift of the machine meets each alike.
+
+    Each round times every model once, in an order that reverses from round to round; untimed rounds come first, until
+    two of them take the same time.
+
+    Args:
+        pruned: the set of layers that each lacks -> the model; checked against the dense one.
+        n_pairs: rounds that are timed.
+        compiled: the decode step compiled on a static cache.
 
     Returns:
-        One row per (model, phase): n_repeats, seconds, tokens_per_s and speedup, each of the last two with its
-        quartiles (_q25, _q75).
+        One row per (model, phase, pair) in the order measured: model ("dense", "pruned"), n_remove, phase ("prefill",
+        "decode" or "decode (integrated)"), way ("eager", "compiled"), pair, batch_size, seconds, tokens (of the whole
+        batch), tokens_per_s.
+
+    Raises:
+        SimDiffError: a model that lacks other layers than said, more tokens than a model's context holds, no KV cache,
+            a step that cannot be compiled here.
     """
-    wide = samples.pivot(index=["phase", "repeat"], columns="model", values="seconds")
-    ratios = wide.rdiv(wide[samples["model"].iloc[0]], axis=0)
-    rows = []
-    for (name, phase), group in samples.groupby(["model", "phase"], sort=False):
-        row = {"model": name, "phase": phase, "n_repeats": len(group), "seconds": group["seconds"].median()}
-        for column, values in (("tokens_per_s", group["tokens_per_s"]), ("speedup", ratios.loc[phase, name])):
-            row |= {column: values.median(), f"{column}_q25": values.quantile(0.25),
-                    f"{column}_q75": values.quantile(0.75)}
-        rows.append(row)
+    for removed, model in pruned.items():
+        check_layers(dense, model, removed)
+    timed = [("dense", 0, dense), *(("pruned", len(removed), model) for removed, model in pruned.items())]
+    longest = protocol.prompt_len + protocol.n_new_tokens
+    limit = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise SimDiffError(f"The speed run reads {longest} tokens, the model's context holds {limit}: lower prompt_len "
+                           "or n_new_tokens.")
+    n_vocab = dense.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(n_vocab, (protocol.batch_size, protocol.prompt_len),
+                           generator=torch.Generator().manual_seed(seed)).to(dense.device)
+    steps = [compile_step(model) if compiled else model for *_, model in timed]
+    counts = {"prefill": protocol.batch_size * protocol.prompt_len,
+              protocol.decode_phase: protocol.batch_size * protocol.n_new_tokens}
+    rows, last = [], float("inf")
+    with tqdm(total=n_pairs * len(timed), desc="time prefill and decode") as bar:
+        bar.set_postfix_str("warming up")
+        pair = -MAX_WARM_UP
+        while pair < n_pairs:
+            order = list(range(len(timed)))
+            total = 0.0
+            for which in order if pair % 2 == 0 else reversed(order):
+                name, n_remove, model = timed[which]
+                try:
+                    seconds = _time_run(model, steps[which], compiled, prompt, protocol)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    raise SimDiffError(f"The decode step cannot be compiled here ({one_line(error)[:200]}): set compiled "
+                                       "= False, or install a C++ compiler.") from error
+                total += sum(seconds.values())
+                rows += [dict(model=name, n_remove=n_remove, phase=phase, way="compiled" if compiled else "eager",
+                              pair=pair, batch_size=protocol.batch_size, seconds=value, tokens=counts[phase],
+                              tokens_per_s=counts[phase] / value) for phase, value in seconds.items() if pair >= 0]
+                if pair >= 0:
+                    bar.update()
+            stable = abs(total / last - 1) < STABLE
+            pair, last = (0 if pair < 0 and stable else pair + 1), total
+            if pair == 0:
+                bar.set_postfix_str("")
     return pd.DataFrame(rows)
 
 
-def measure_peak_memory(checkpoint: Path, dtype: torch.dtype, *, batch_size: int, prefill_len: int, prompt_len: int,
-                        n_new_tokens: int) -> dict[str, float]:
-    """Peak memory of a fresh process that loads the checkpoint with plain transformers, prefills and decodes.
+KEYS = ["batch_size", "way", "phase", "model", "n_remove"]
 
-    On a CPU that is resident memory, the pages of the checkpoint file mapped while loading among it; on a GPU
-    what torch allocated there.
+
+def summarise_speed(samples: pd.DataFrame) -> pd.DataFrame:
+    """Medians and quartiles of `measure_speed`'s rows, and the speedup over the dense model, pair by pair.
+
+    Two runs of one round share the machine's mood, so their ratio spreads less than the times do. The speedup is the
+    geometric mean of (dense seconds / this one's) over the pairs, its interval the 95 % interval by Student's t of the
+    mean of the logarithms; from one pair, the widest there is.
 
     Returns:
-        peak_mem_gib, and baseline_mem_gib: the same process before it loads the weights, so that the
-        difference is the model's own share.
-
-    Raises:
-        SimDiffError: the process failed; its last line is in the sentence.
+        One row per (batch_size, way, phase, model, n_remove): n_pairs, seconds and tokens_per_s (medians) with their
+        quartiles (_q25, _q75), speedup, speedup_low, speedup_high.
     """
-    lengths = (batch_size, prefill_len, prompt_len, n_new_tokens)
-    arguments = [str(Path(checkpoint).resolve()), str(dtype).removeprefix("torch."), *map(str, lengths)]
-    return run_fresh("simdiff_utils.speed", arguments, f"Measuring the memory of {checkpoint}")
+    base = samples[samples["model"] == "dense"].set_index(["batch_size", "way", "phase", "pair"])["seconds"]
+    rows = []
+    for key, group in samples.groupby(KEYS, sort=False):
+        row = dict(zip(KEYS, key, strict=True)) | {"n_pairs": len(group)}
+        for column in ("seconds", "tokens_per_s"):
+            row |= {column: group[column].median(), f"{column}_q25": group[column].quantile(0.25),
+                    f"{column}_q75": group[column].quantile(0.75)}
+        logs = np.log([base[(*key[:3], run.pair)] / run.seconds for run in group.itertuples()])
+        half = stats.t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.inf
+        rows.append(row | {"speedup": np.exp(logs.mean()), "speedup_low": np.exp(logs.mean() - half),
+                           "speedup_high": np.exp(logs.mean() + half)})
+    return pd.DataFrame(rows)
 
 
-def _peak_gib() -> float:
-    """Highest memory of this process so far, in GiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return peak_memory_gib()
+@torch.inference_mode()
+def time_parts(models: dict[str, PreTrainedModel], protocol: Protocol, n_steps: int = 16) -> pd.DataFrame:
+    """Where an eager decode step's time goes, from marks before and after the modules inside the layers and the head.
+
+    The models take their steps in turns; two untimed ones come first.
+
+    Returns:
+        one row per model and part: model, part (the modules' names in the layer, "norms" together, "head", "rest":
+        embedding, masks, cache, residual sums and Python between them), seconds (median over steps).
+    """
+    token = torch.zeros(protocol.batch_size, 1, dtype=torch.long, device=next(iter(models.values())).device)
+    caches = {name: fill_cache(model, _new_cache(model, False, 0), protocol.batch_size, protocol.prompt_len)
+              for name, model in models.items()}
+    marks, steps = {name: defaultdict(list) for name in models}, defaultdict(list)
+    for _ in range(n_steps + 2):
+        for name, model in models.items():
+            hooks = [hook for part, module in _parts(model) for hook in _mark_around(module, marks[name][part], model)]
+            try:
+                started = _mark(model)
+                decode(model, token, caches[name], 1)
+                steps[name].append((started, _mark(model)))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+    rows = []
+    for name, model in models.items():
+        _now(model)  # marks on a GPU have happened
+        parts = {part: np.array([_between(*ends) for ends in found]).reshape(n_steps + 2, -1).sum(axis=1)
+                 for part, found in marks[name].items()}
+        parts["rest"] = np.array([_between(*ends) for ends in steps[name]]) - sum(parts.values())
+        rows += [{"model": name, "part": part, "seconds": float(np.median(values[2:]))} for part, values in parts.items()]
+    return pd.DataFrame(rows)
 
 
-def _main() -> None:
-    """Entry point of the fresh process."""
-    parser = argparse.ArgumentParser(description="Print peak memory of one checkpoint in GiB, as JSON.")
-    parser.add_argument("checkpoint")
-    parser.add_argument("dtype")
-    for name in ("batch_size", "prefill_len", "prompt_len", "n_new_tokens"):
-        parser.add_argument(name, type=int)
-    args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.checkpoint, local_files_only=True)
-    with torch.device("meta"):  # brings in the model's code, so that the baseline holds it, without any weights
-        AutoModelForCausalLM.from_config(config)
-    baseline = _peak_gib()
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype),
-                                                 local_files_only=True).eval()
-    if torch.cuda.is_available():
-        model.to("cuda")
-    tokens = torch.randint(model.get_input_embeddings().weight.shape[0],
-                           (args.batch_size, max(args.prefill_len, args.prompt_len)), device=model.device)
-    prefill(model, tokens[:, :args.prefill_len])
-    decode(model, *prefill(model, tokens[:, :args.prompt_len]), args.n_new_tokens)
-    print(json.dumps({"peak_mem_gib": _peak_gib(), "baseline_mem_gib": baseline}))
+def _parts(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """What a step's time is told apart by: the modules with weights right inside the layers, and the head."""
+    named = [(name, module) for layer in decoder_layers(model) for name, module in layer.named_children()]
+    named = [("norms" if "norm" in type(module).__name__.lower() else name, module) for name, module in named]
+    return [*((name, module) for name, module in named if next(module.parameters(), None) is not None),
+            ("head", model.get_output_embeddings())]
 
 
-if __name__ == "__main__":
-    _main()
+def _mark_around(module: nn.Module, found: list, model: PreTrainedModel) -> list:
+    started = []
+    return [module.register_forward_pre_hook(lambda *_: started.append(_mark(model))),
+            module.register_forward_hook(lambda *_: found.append((started.pop(), _mark(model))))]
+
+
+def _mark(model: PreTrainedModel) -> object:
+    """A point in time: of the processor, or in the order of what a GPU does (reading its clock would stop it)."""
+    if model.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: object, end: object) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000

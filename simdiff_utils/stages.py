@@ -5,6 +5,8 @@ import hashlib
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from simdiff_utils.alpha import search_ternary
+from simdiff_utils.bound import Work, bound_phases, ideal_seconds, measure_rates
 from simdiff_utils.capture import LayerStatistics, capture_statistics, measure_capture_memory
 from simdiff_utils.criteria import FORMS, choose_removed, fuse, normalise
 from simdiff_utils.decoder import open_decoder, stream_decoder
@@ -24,14 +27,16 @@ from simdiff_utils.perplexity import perplexity, perplexity_interval
 from simdiff_utils.results import describe_machine
 from simdiff_utils.runs import RunFolder
 from simdiff_utils.settings import SimDiffError, check_n_remove
-from simdiff_utils.speed import measure_peak_memory, measure_speed, parameters_read_per_token
+from simdiff_utils.speed import PROTOCOLS, Protocol, measure_speed, time_parts, without_layers
+from simdiff_utils.speed_memory import measure_peak_memory
 from simdiff_utils.weights import weight_files
 
 _CAPTURE = ("dtype", "seed", "seq_len", "n_samples")
 _SEARCH = (*_CAPTURE, "n_validation", "alpha", "search", "exact", "confidence", "eps", "max_iterations")
 PRUNE = (*_SEARCH, "criterion", "n_remove")
 _EXPORT = (*PRUNE, "n_test")
-_SPEED = (*PRUNE, "speed_dtype", "speed_batch_size", "prefill_len", "prompt_len", "n_new_tokens", "n_repeats")
+_SPEED = (*PRUNE, "speed_dtype", "protocol", "speed_batch_sizes", "prompt_len", "n_new_tokens", "n_timed_steps", "n_pairs",
+          "compiled", "speed_grid")
 
 
 class Run(RunFolder):
@@ -252,23 +257,48 @@ class Run(RunFolder):
                          f"perplexity, pruned ({n_tokens:,} test tokens)": round(pruned, 2)},
             "settings": {name: getattr(s, name) for name in _EXPORT}, "origin": self.origin()}
 
+    def protocols(self) -> list[Protocol]:
+        """The protocol named, with the values that the settings give: one for each batch size."""
+        s, named = self.settings, PROTOCOLS[self.settings.protocol]
+        named = replace(named, prompt_len=s.prompt_len or named.prompt_len, n_timed_steps=s.n_timed_steps,
+                        n_new_tokens=s.n_new_tokens or named.n_new_tokens)
+        return [replace(named, batch_size=size) for size in s.speed_batch_sizes or [named.batch_size]]
+
     def speed(self) -> Path:
-        """Stage speed: folder with `measurements.csv` and `result.json` (parameters, peak memory)."""
+        """Stage speed: the dense model, the exported checkpoint, and sets of other sizes where they are asked for.
+
+        The folder holds `samples.csv` (see `measure_speed`), `bounds.csv` (see `bound_phases`), `parts.csv` (see
+        `time_parts`; of dense and exported), `memory.csv` (see `measure_peak_memory`), and in `result.json` the rates of
+        the machine.
+        """
         def make(folder: Path) -> dict:
-            s = self.settings
-            folders = {"dense": self.checkpoint.folder, "pruned": self.pruned_checkpoint()}
-            sizes = {"batch_size": s.speed_batch_size, "prefill_len": s.prefill_len, "prompt_len": s.prompt_len,
-                     "n_new_tokens": s.n_new_tokens}
+            s, protocols = self.settings, self.protocols()
+            exported = self.pruned_checkpoint()
+            removed = frozenset(read_json(exported / "pruning.json")["removed"])
+            sets = {n_remove: frozenset(self.choices([n_remove], [s.criterion]).iloc[0]["removed"])
+                    for n_remove in s.speed_grid if n_remove != len(removed)}
             dtype = pick_dtype(s.speed_dtype)
             with ThreadPoolExecutor() as pool:  # a process each; side by side, since only memory is asked for
-                waiting = {name: pool.submit(measure_peak_memory, path, dtype, **sizes)
-                           for name, path in folders.items()}
+                waiting = {name: pool.submit(measure_peak_memory, path, dtype, protocols[-1])
+                           for name, path in (("dense", self.checkpoint.folder), ("pruned", exported))}
                 memory = {name: job.result() for name, job in tqdm(waiting.items(), desc="peak memory", unit="model")}
-            models = {name: load_model(path, s.speed_dtype) for name, path in folders.items()}
-            measurements = measure_speed(models, **sizes, n_repeats=s.n_repeats, seed=s.seed)
-            measurements.to_csv(folder / "measurements.csv", index=False)
-            return {"memory": memory, "dtype": str(dtype).removeprefix("torch."),
-                    "parameters_read_per_token": {n: parameters_read_per_token(m) for n, m in models.items()}}
+            dense, pruned = (load_model(path, s.speed_dtype) for path in (self.checkpoint.folder, exported))
+            with ExitStack() as shallow:
+                models = {removed: pruned} | {other: shallow.enter_context(without_layers(dense, other))
+                                              for other in sets.values()}
+                ways = (False, True) if s.compiled else (False,)
+                samples = pd.concat([measure_speed(dense, models, protocol, s.n_pairs, compiled, s.seed)
+                                     for protocol in protocols for compiled in ways])
+                bounds = pd.concat([bound_phases(model, protocol).assign(n_remove=len(lacking))
+                                    for lacking, model in ({frozenset(): dense} | models).items() for protocol in protocols])
+                parts = time_parts({"dense": dense, "pruned": pruned}, protocols[0])
+            rates = measure_rates(dense.device, dtype)
+            bounds["ideal_seconds"] = [ideal_seconds(Work(row.weight_bytes, row.kv_bytes, row.operations), rates)
+                                       * row.n_passes for row in bounds.itertuples()]
+            for name, table in (("samples", samples), ("bounds", bounds), ("parts", parts),
+                                ("memory", pd.DataFrame(memory).T.rename_axis("model").reset_index())):
+                table.to_csv(folder / f"{name}.csv", index=False)
+            return {"dtype": str(dtype).removeprefix("torch."), "rates": asdict(rates), "removed": sorted(removed)}
         return self._stage("speed", _SPEED, make)
 
 

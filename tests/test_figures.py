@@ -39,7 +39,8 @@ def test_a_figures_settings_are_those_of_the_committed_notebook(name):
 
 
 def test_there_is_no_table_of_a_picture_that_is_gone():
-    tables = {path.stem for path in FIGURES.glob("*.csv")} - {Path(ROWS).stem}
+    stored = {Path(ROWS).stem, "05_speed_depth", "05_speed_samples"}  # read by the notebooks, drawn there
+    tables = {path.stem for path in FIGURES.glob("*.csv")} - stored
     assert tables == set(PICTURES)
 
 

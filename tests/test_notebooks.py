@@ -102,7 +102,7 @@ def run_papermill(number: str, tmp_path: Path, *parameters: str, **environment: 
 def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, data_folder, tmp_path):
     """Snakemake, papermill, all six notebooks, a model and a text of the user's own."""
     settings = dict(n_samples=4, seq_len=16, n_validation=2, n_test=2, n_remove_grid="[1,2]",
-                    criteria="[cosine,masd,portfolio]", prefill_len=8, n_new_tokens=4, n_repeats=2,
+                    criteria="[cosine,masd,portfolio]", prompt_len=8, n_new_tokens=4, n_pairs=2,
                     max_steps=2, learning_rate=0.02, max_length=16, training="distillation", repair="linear", eps=0.2,
                     prompt="w1 w2",
                     data_folder=data_folder, window_len=12, n_windows=4, task_limit=4, n_stories=0, task_grid="[2]",

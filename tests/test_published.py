@@ -22,7 +22,7 @@ def test_names_are_known_and_no_number_stands_twice(published):
     assert not published.duplicated(PLACE).any()
     assert set(published["method"]) <= METHODS.keys() | ELSEWHERE
     assert set(published["model"]) == set(PAPER_MODELS)
-    assert set(published["source"]) == {"Table 1", "Table 2", "Table 3", "Table 5", "Figure 5", "Table A.7"}
+    assert set(published["source"]) == {"Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "Figure 5", "Table A.7"}
     assert (published["n_remove"].notna() | published["ratio"].notna()).all()
     assert published["value"].gt(0).all()
 

@@ -37,8 +37,7 @@ def refusal(call, *args, **kwargs) -> str:
     ("n_remove_grid", "3,6", "n_remove_grid must be a list"),
     # ranges
     *[(name, 0, f"{name} must be at least 1, got 0") for name in
-      ("n_samples", "n_validation", "n_test", "batch_size", "n_remove", "max_iterations", "speed_batch_size",
-       "prefill_len", "prompt_len", "n_new_tokens", "n_repeats")],
+      ("n_samples", "n_validation", "n_test", "batch_size", "n_remove", "max_iterations", "n_pairs")],
     ("n_remove", -1, "n_remove must be at least 1, got -1"),
     ("seq_len", 1, "seq_len must be at least 2 tokens, got 1"),
     ("seed", -1, "seed must be 0 or more, got -1"),

@@ -1,44 +1,30 @@
-"""Speed: counts against sums done by hand, the decode loop against generate, the order of measuring, the summary."""
+"""Speed: the decode loop against generate, what is timed against the export, the order of measuring, the summary."""
+
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import SETS, build_by_hand, logits_of
+from transformers import DynamicCache, StaticCache
 
 from simdiff_utils import speed
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.speed import (
+    PROTOCOLS,
+    Protocol,
+    check_layers,
+    compile_step,
     decode,
-    ideal_speedup,
-    measure_peak_memory,
+    fill_cache,
     measure_speed,
-    parameters_read_per_token,
     prefill,
     summarise_speed,
+    time_parts,
+    without_layers,
 )
-
-D, MLP, VOCAB, N_LAYERS, HEAD_DIM = 32, 48, 97, 6, 8
-LLAMA_LAYER = 2 * D * D + 2 * D * 16 + 3 * D * MLP + 2 * D  # q and o, k and v (2 heads of 8), the MLP, two norms
-GPT2_LAYER = 4 * D * D + 4 * D + 8 * D * D + 5 * D + 4 * D  # attention, MLP of 4 d, biases, two norms with bias
-GEMMA_LAYER = LLAMA_LAYER + 2 * D + 2 * HEAD_DIM  # two more norms around the blocks, one each on q and k
-HEAD = VOCAB * D
-
-
-@pytest.mark.parametrize(("name", "expected"), [
-    ("llama", N_LAYERS * LLAMA_LAYER + D + HEAD),  # untied: the head is read, the embedding is not
-    ("llama-tied", N_LAYERS * LLAMA_LAYER + D + HEAD),  # tied: the one matrix is read as the head
-    ("gpt2", N_LAYERS * GPT2_LAYER + 2 * D + HEAD),  # the learned positions are a row lookup, too
-    ("gemma3", N_LAYERS * GEMMA_LAYER + D + HEAD),
-])
-def test_parameters_read_equal_a_count_by_hand(make_tiny, name, expected):
-    assert parameters_read_per_token(make_tiny(name)) == expected
-
-
-def test_ideal_speedup_is_the_ratio_of_the_weights_read(make_tiny):
-    dense, pruned = make_tiny("llama-tied"), make_tiny("llama-tied", num_hidden_layers=4)
-    fixed = D + HEAD
-    assert ideal_speedup(dense, pruned) == pytest.approx((6 * LLAMA_LAYER + fixed) / (4 * LLAMA_LAYER + fixed))
-    assert ideal_speedup(dense, dense) == 1
+from simdiff_utils.speed_memory import measure_peak_memory
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma3", "falcon"])
@@ -62,71 +48,173 @@ def test_a_model_without_cache_is_refused(llama, blocks, monkeypatch):
         prefill(llama, blocks)
 
 
-SIZES = dict(batch_size=2, prefill_len=10, prompt_len=4, n_new_tokens=3)
+def test_a_static_cache_and_a_growing_one_give_the_same_tokens(make_tiny, blocks):
+    for name in ("llama", "gemma3"):
+        model = make_tiny(name)
+        growing = decode(model, *prefill(model, blocks[:2]), 12)
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        assert torch.equal(growing, decode(model, *prefill(model, blocks[:2], cache), 12))
 
 
-def test_models_take_turns_in_alternating_order_after_one_warm_up_each(make_tiny, monkeypatch):
-    models = {"dense": make_tiny("llama"), "pruned": make_tiny("llama", num_hidden_layers=3)}
-    calls = []
-    time_once = speed._time_once
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
+def test_a_filled_cache_is_the_shape_that_reading_gives(make_tiny, blocks, name):
+    model = make_tiny(name)
+    read = prefill(model, blocks[:2], DynamicCache(config=model.config))[1]
+    filled = fill_cache(model, DynamicCache(config=model.config), 2, 20)
+    assert filled.get_seq_length() == 20
+    assert [layer.keys.shape for layer in filled.layers] == [layer.keys.shape for layer in read.layers]
+    decode(model, blocks[:2, :1], filled, 3)  # raises where the cache does not grow as it should
 
-    def record(model, passage, prompt, n_new_tokens):
-        calls.append("dense" if model is models["dense"] else "pruned")
-        assert passage.shape == (2, 10)
-        assert prompt.shape == (2, 4)
-        return time_once(model, passage, prompt, n_new_tokens)
 
-    monkeypatch.setattr(speed, "_time_once", record)
-    samples = measure_speed(models, **SIZES, n_repeats=4)
-    assert sorted(calls[:2]) == ["dense", "pruned"]
-    assert calls[2:] == ["dense", "pruned", "pruned", "dense"] * 2
-    assert list(samples["model"][::2]) == calls[2:]
-    assert (samples.groupby(["model", "phase"])["repeat"].apply(list).map(sorted).map(tuple) == (0, 1, 2, 3)).all()
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt-neo"])
+def test_a_model_on_shared_weights_is_the_one_built_by_hand(make_tiny, blocks, name):
+    model, removed = make_tiny(name), SETS[2] if name in ("llama", "gpt2") else frozenset({3, 4, 5})
+    if name == "gpt-neo":
+        removed = frozenset({4, 5})
+    before = logits_of(model, blocks)
+    with without_layers(model, removed) as shallow:
+        torch.testing.assert_close(logits_of(shallow, blocks), logits_of(build_by_hand(model, removed), blocks))
+        assert {p.data_ptr() for p in shallow.parameters()} <= {p.data_ptr() for p in model.parameters()}
+        assert torch.equal(logits_of(model, blocks), before)
+        check_layers(model, shallow, removed)
+
+
+def test_the_wrong_layers_cannot_be_timed(make_tiny):
+    dense = make_tiny("llama")
+    right, other = frozenset({2, 3}), frozenset({1, 4})
+    pruned = build_by_hand(dense, right)
+    protocol = Protocol(1, 4, 2)
+    measure_speed(dense, {right: pruned}, protocol, 1)
+    with pytest.raises(SimDiffError, match="Layer 1 of the model to be timed is not layer 2 of the dense one"):
+        measure_speed(dense, {other: pruned}, protocol, 1)
+    with pytest.raises(SimDiffError, match="has 4 layers where 3 should be left"):
+        measure_speed(dense, {frozenset({1, 2, 3}): pruned}, protocol, 1)
+    with torch.no_grad():
+        next(iter(pruned.model.layers[3].parameters()))[0, 0] += 1e-3
+    with pytest.raises(SimDiffError, match="Layer 3"):
+        measure_speed(dense, {right: pruned}, protocol, 1)
+
+
+PROTOCOL = Protocol(batch_size=2, prompt_len=10, n_new_tokens=3)
+
+
+def test_models_take_turns_in_alternating_order_after_warm_up(make_tiny, monkeypatch):
+    dense = make_tiny("llama")
+    calls, time_run = [], speed._time_run
+
+    def record(model, step, compiled, prompt, protocol):
+        calls.append("dense" if model is dense else "pruned")
+        assert prompt.shape == (2, 10)
+        return time_run(model, step, compiled, prompt, protocol) | {"prefill": 1.0, "decode": 1.0}  # stable at once
+
+    monkeypatch.setattr(speed, "_time_run", record)
+    with without_layers(dense, SETS[3]) as pruned:
+        samples = measure_speed(dense, {SETS[3]: pruned}, PROTOCOL, 4)
+    assert len(calls) == 2 * (2 + 4)  # two rounds that agree, then those that count
+    assert calls[4:] == ["dense", "pruned", "pruned", "dense"] * 2
+    assert list(samples["model"][::2]) == calls[4:]
+    assert (samples.groupby(["model", "phase"])["pair"].apply(list).map(sorted).map(tuple) == (0, 1, 2, 3)).all()
     assert set(samples.loc[samples["phase"] == "prefill", "tokens"]) == {20}
     assert set(samples.loc[samples["phase"] == "decode", "tokens"]) == {6}
-    assert (samples["seconds"] > 0).all()
+    assert set(samples.loc[samples["model"] == "pruned", "n_remove"]) == {3}
     np.testing.assert_allclose(samples["tokens_per_s"], samples["tokens"] / samples["seconds"])
+
+
+def test_a_machine_that_never_settles_is_warmed_up_a_bounded_number_of_rounds(llama, monkeypatch):
+    seconds = iter(2.0 ** n for n in range(100))
+    monkeypatch.setattr(speed, "_time_run", lambda *_: {"prefill": next(seconds)})
+    assert len(measure_speed(llama, {}, Protocol(1, 4, 0), 2)) == 2
+    assert next(seconds) == 2.0 ** (speed.MAX_WARM_UP + 2)
 
 
 def test_each_timed_phase_runs_the_passes_it_names(llama, monkeypatch):
     lengths, forward = [], llama.forward
     monkeypatch.setattr(llama, "forward", lambda input_ids, **kw: (lengths.append(tuple(input_ids.shape)),
                                                                     forward(input_ids, **kw))[1])
-    measure_speed({"one": llama}, **SIZES, n_repeats=2)
-    assert lengths == [(2, 10), (2, 4), (2, 1), (2, 1), (2, 1)] * 3
+    measure_speed(llama, {}, PROTOCOL, 2)
+    run = [(2, 10), (2, 1), (2, 1), (2, 1)]
+    assert len(lengths) % 4 == 0
+    assert lengths == run * (len(lengths) // 4)
+
+
+def test_prefill_alone_has_no_decode(llama):
+    assert set(measure_speed(llama, {}, Protocol(1, 8, 0), 1)["phase"]) == {"prefill"}
+    assert PROTOCOLS["prefill"].n_new_tokens == 0
+
+
+def test_an_integrated_decode_is_the_sum_over_a_line(llama, monkeypatch):
+    """A step that takes a second per cached token: the integral over the lengths is the sum, whatever is timed."""
+    clock = [0.0]
+
+    def step(_step, token, cache, n_new_tokens):
+        clock[0] += sum(cache.get_seq_length() + i for i in range(n_new_tokens))
+
+    monkeypatch.setattr(speed, "decode", step)
+    monkeypatch.setattr(speed, "_now", lambda _model: clock.__setitem__(0, clock[0] + 1e-6) or clock[0])
+    samples = measure_speed(llama, {}, Protocol(1, 4, 40, n_timed_steps=4), 1)
+    row = samples[samples["phase"] == "decode (integrated)"].iloc[0]
+    assert row["tokens"] == 40
+    assert row["seconds"] == pytest.approx(sum(range(4, 44)), rel=0.02)  # beyond the ends it is held, not extended
 
 
 def test_more_tokens_than_the_context_holds_are_refused(llama):
-    with pytest.raises(SimDiffError, match="reads 65 tokens, dense's context holds 64"):
-        measure_speed({"dense": llama}, **(SIZES | {"prefill_len": 65}), n_repeats=1)
+    with pytest.raises(SimDiffError, match="reads 65 tokens, the model's context holds 64"):
+        measure_speed(llama, {}, Protocol(1, 60, 5), 1)
 
 
-def test_summary_pairs_the_repeats():
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_eager_tokens(llama, blocks):
+    eager = decode(llama, *prefill(llama, blocks[:2]), 8)
+    cache = StaticCache(config=llama.config, max_cache_len=32)
+    assert torch.equal(eager, decode(compile_step(llama), *prefill(llama, blocks[:2], cache), 8))
+
+
+def test_summary_pairs_the_rounds():
     dense, pruned = [1.0, 2.0, 4.0, 8.0], [0.5, 1.0, 2.0, 16.0]  # drifts by 8; always twice as fast, but once
     samples = pd.DataFrame([
-        {"model": name, "phase": "decode", "repeat": i, "seconds": s, "tokens": 8, "tokens_per_s": 8 / s}
-        for i, pair in enumerate(zip(dense, pruned, strict=True)) for name, s in zip(("z", "a"), pair, strict=True)])
+        {"model": name, "n_remove": n, "phase": "decode", "way": "eager", "batch_size": 1, "pair": i, "seconds": s,
+         "tokens": 8, "tokens_per_s": 8 / s}
+        for i, pair in enumerate(zip(dense, pruned, strict=True))
+        for name, n, s in zip(("dense", "pruned"), (0, 3), pair, strict=True)])
     table = summarise_speed(samples).set_index("model")
-    assert list(table.index) == ["z", "a"]  # the order measured in, not the alphabet's
-    assert table.loc["z", ["speedup", "speedup_q25", "speedup_q75"]].tolist() == [1, 1, 1]
-    assert table.loc["a", "speedup"] == 2
-    assert table.loc["a", "speedup_q25"] == pytest.approx(np.quantile([2, 2, 2, 0.5], 0.25))
-    assert table.loc["z", "tokens_per_s"] == pytest.approx(np.median([8, 4, 2, 1]))
-    assert table.loc["z", "tokens_per_s_q75"] == pytest.approx(np.quantile([8, 4, 2, 1], 0.75))
-    assert table.loc["a", "seconds"] == 1.5
-    assert (table["n_repeats"] == 4).all()
+    assert table.loc["dense", ["speedup", "speedup_low", "speedup_high"]].tolist() == [1, 1, 1]
+    logs = np.log([2, 2, 2, 0.5])
+    half = 3.182446 * logs.std(ddof=1) / 2  # Student's t for three degrees of freedom
+    assert table.loc["pruned", "speedup"] == pytest.approx(np.exp(logs.mean()))
+    assert table.loc["pruned", "speedup_low"] == pytest.approx(np.exp(logs.mean() - half))
+    assert table.loc["pruned", "speedup_high"] == pytest.approx(np.exp(logs.mean() + half))
+    assert table.loc["dense", "tokens_per_s"] == pytest.approx(np.median([8, 4, 2, 1]))
+    assert table.loc["dense", "tokens_per_s_q75"] == pytest.approx(np.quantile([8, 4, 2, 1], 0.75))
+    assert table.loc["pruned", "seconds"] == 1.5
+    one = summarise_speed(samples[samples["pair"] == 0]).set_index("model").loc["pruned"]
+    assert (one["speedup"], one["speedup_low"], one["speedup_high"]) == (2, 0, np.inf)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
+def test_the_parts_of_a_step_are_there_and_add_up_to_about_a_step(make_tiny, name):
+    model = make_tiny(name)
+    started = time.perf_counter()
+    table = time_parts({"dense": model, "again": model}, Protocol(1, 8, 0), n_steps=4)
+    assert set(table["model"]) == {"dense", "again"}
+    parts = table[table["model"] == "dense"].set_index("part")["seconds"]
+    assert {"head", "rest", "norms"} <= set(parts.index)
+    assert (parts > 0).all()
+    assert parts.sum() < time.perf_counter() - started
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_peak_memory_is_the_fresh_process_own(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     ballast = torch.ones(2**28)  # 1 GiB here must not appear there
-    memory = measure_peak_memory(tmp_path, torch.float32, **SIZES)
+    memory = measure_peak_memory(tmp_path, torch.float32, PROTOCOL)
     assert ballast[0] == 1
-    assert set(memory) == {"peak_mem_gib", "baseline_mem_gib"}
-    assert 0 <= memory["baseline_mem_gib"] <= memory["peak_mem_gib"] < 0.9
+    assert set(memory) == {"peak", "baseline", "weights", "kv_cache", "other"}
+    assert 0 <= memory["baseline"] <= memory["peak"] < 0.9
+    assert memory["weights"] == pytest.approx(4 * sum(p.numel() for p in llama.parameters()) / 2**30)
+    assert memory["kv_cache"] == pytest.approx(4 * 6 * 2 * 2 * 16 * 13 / 2**30)  # layers, K and V, batch, width, tokens
 
 
 def test_failure_of_the_fresh_process_is_one_sentence(tmp_path):
     with pytest.raises(SimDiffError, match="^Measuring the memory of .* failed: .") as caught:
-        measure_peak_memory(tmp_path, torch.float32, **SIZES)
+        measure_peak_memory(tmp_path, torch.float32, PROTOCOL)
     assert "\n" not in str(caught.value)
