@@ -6,7 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help workbook test lab notebooks lock clean
+.PHONY: help workbook test test-slow lab notebooks lock clean
 
 PYTHON ?= python3
 
@@ -42,7 +42,7 @@ export CHECK_MACHINE
 
 help:  ## show this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -nE 's/^([a-z]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
 	  printf '%-12s %s\n' "  $$name" "$$what"; done
 	@echo
 	@echo "make workbook takes, each optional (the notebooks' own defaults otherwise):"
@@ -56,19 +56,23 @@ help:  ## show this list
 workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and show the results
 	@"$(PYTHON)" -c "$$CHECK_MACHINE" 2
 	@[[ -n "$${SIMDIFF_MODEL:-}" && -n "$${SIMDIFF_TEXT:-}" ]] || .venv/bin/python -m simdiff_utils.assets
-	@.venv/bin/snakemake --cores all --rerun-incomplete --quiet host progress rules reason \
-	  --config recovery=true speed=true
+	@.venv/bin/snakemake --quiet host progress rules reason --configfile notebooks/grids/smoke.yaml
 	@.venv/bin/python -m simdiff_utils.results
 
 test: .venv/.installed  ## run all tests: units, every notebook under nbval, and tests of those tests
 	.venv/bin/python -m simdiff_utils.assets
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not slow" -n 2 --dist loadfile
-	.venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m slow --durations 5 || [[ $$? == 5 ]]  # 5: none
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not slow and not long" -n 2 --dist loadfile
+	.venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "slow and not long" --durations 5 || [[ $$? == 5 ]]  # 5: none
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
 	set -x; \
 	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=600 --durations 5 notebooks; \
 	.venv/bin/python -m pytest tests/test_notebooks.py
+
+# What a package of the system is missing for is skipped, with the reason printed.
+test-slow: .venv/.installed  ## faults, a short soak, Slurm and a browser, on the real engine (slurm-wlm, munge, chromium)
+	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
+	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 .venv/bin/python -m pytest tests -m long --durations 10
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks

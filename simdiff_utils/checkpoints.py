@@ -148,12 +148,12 @@ def _hash_checkpoint(folder: Path) -> str:
 
 def _hash_files(paths: list[Path]) -> str:
     with ThreadPoolExecutor() as pool:
-        digests = list(tqdm(pool.map(_hash_once, paths), total=len(paths), desc="hashing weights", unit="file",
+        digests = list(tqdm(pool.map(hash_once, paths), total=len(paths), desc="hashing weights", unit="file",
                             delay=2, leave=False))
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def _hash_once(path: Path) -> str:
+def hash_once(path: Path) -> str:
     """sha256 of a file. A large one takes long: the hub's cache names it, and what was found once is kept."""
     stored = path.resolve()
     if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from simdiff_utils.decoder import Decoder
-from simdiff_utils.files import read_json, write_json
+from simdiff_utils.files import read_kept, write_kept
 from simdiff_utils.perplexity import block_losses
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.surgery import Merge, layers_merged
@@ -157,12 +157,12 @@ class Evaluator:
             self._known[removed][blocks] = values
             if self._folder:
                 kept = [None if np.isnan(value) else value for value in self._known[removed].tolist()]
-                write_json(self._path(removed), {"removed": sorted(removed), "losses": kept})
+                write_kept(self._path(removed), {"removed": sorted(removed), "losses": kept})
 
     def _look_up(self, removed: Removed) -> np.ndarray:
         if removed not in self._known:
-            stored = self._folder and self._path(removed).exists() and read_json(self._path(removed))["losses"]
-            self._known[removed] = np.array(stored or [None] * self.n_blocks, dtype=np.float64)
+            stored = (self._folder and read_kept(self._path(removed))) or {}
+            self._known[removed] = np.array(stored.get("losses") or [None] * self.n_blocks, dtype=np.float64)
         return self._known[removed]
 
     def _path(self, removed: Removed) -> Path:

@@ -93,6 +93,25 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_kept(path: Path, data: dict) -> None:
+    """Write a JSON file that `read_kept` can tell from a damaged one."""
+    write_json(path, data | {"sha256": _hash_data(data)})
+
+
+def read_kept(path: Path) -> dict | None:
+    """Data of a file written by `write_kept`; None where there is none, or it was cut off or altered: make it again."""
+    try:
+        data = read_json(path)
+        found = data.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return data if found == _hash_data(data) else None
+
+
+def _hash_data(data: dict) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file, read once per process and state of the file."""
     return _hash_file(path, path.stat().st_size, path.stat().st_mtime_ns)

@@ -21,6 +21,7 @@ from simdiff_utils.models import load_model, pick_dtype
 from simdiff_utils.perplexity import block_losses, perplexity
 from simdiff_utils.recovery import Recipe, recipe_for, train_lora
 from simdiff_utils.repair import repair
+from simdiff_utils.runs import is_sound
 from simdiff_utils.stages import PRUNE, Run
 from simdiff_utils.text import draw_blocks, token_blocks
 from simdiff_utils.training_data import TrainingRows, block_rows, load_rows
@@ -62,7 +63,7 @@ class Ladder(Run):
         """
         s, dtype = self.settings, pick_dtype(self.settings.train_dtype)
         target = self._folder("recovery", _RECOVERY)
-        if target.exists():
+        if is_sound(target):
             return target
         with PartialState().main_process_first():
             start = self._with(export_dtype="float32").repaired_checkpoint()

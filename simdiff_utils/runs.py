@@ -7,6 +7,8 @@ of this package's code. Changing the number of layers to remove reuses the captu
 import functools
 import hashlib
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,16 +16,18 @@ from time import perf_counter
 
 import pandas as pd
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from simdiff_utils import results
-from simdiff_utils.checkpoints import resolve_checkpoint
+from simdiff_utils.checkpoints import hash_once, resolve_checkpoint
 from simdiff_utils.decoder import Decoder, open_decoder
-from simdiff_utils.files import write_json, write_whole
+from simdiff_utils.files import read_json, write_json, write_kept, write_whole
 from simdiff_utils.models import load_tokenizer
 from simdiff_utils.settings import Settings, SimDiffError, check_n_remove
 from simdiff_utils.text import Corpus, draw_blocks, load_corpus, token_blocks
 
+_HASHES = "hashes.json"  # of a stage's files, written last
 _HOW_NOT_WHAT = {"result_file", "memory_gib", "export_to", "overwrite"}  # they change no number
 
 
@@ -116,9 +120,12 @@ class RunFolder:
         return {"code": code_digest()}
 
     def _stage(self, stage: str, names: tuple[str, ...], make: Callable[[Path], dict]) -> Path:
-        """Folder of a stage, made by `make` (which returns its facts) if it is not there yet."""
+        """Folder of a stage, made by `make` (which returns its facts) if it is not there yet, or was damaged since."""
         target = self._folder(stage, names)
-        if not target.exists():
+        if not is_sound(target):
+            if target.exists():
+                tqdm.write(f"{target.name} is damaged (a file of it is not as it was written): made again.", file=sys.stderr)
+                shutil.rmtree(target)
             with write_whole(target, replace=False) as partial:
                 partial.mkdir()
                 started = perf_counter()
@@ -126,6 +133,7 @@ class RunFolder:
                 write_json(partial / "result.json", facts | {
                     "stage": stage, "seconds": round(perf_counter() - started, 1),
                     "settings": {name: getattr(self.settings, name) for name in names}, "origin": self.origin()})
+                write_json(partial / _HASHES, _hash_folder(partial))
         return target
 
     def origin(self) -> dict:
@@ -156,8 +164,21 @@ class RunFolder:
                       "settings": {name: getattr(self.settings, name) for name in names}, "origin": self.origin()}
             write_json(partial / "result.json", result)
         if self.settings.result_file:
-            write_json(Path(self.settings.result_file), result)
+            write_kept(Path(self.settings.result_file), result)
         return target
+
+
+def _hash_folder(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): hash_once(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path != folder / _HASHES}
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether a stage's folder holds just what was written there."""
+    try:
+        return read_json(folder / _HASHES) == _hash_folder(folder)
+    except (OSError, ValueError):
+        return False
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from simdiff_utils.criteria import FORMS, choose_removed, fuse, normalise
 from simdiff_utils.decoder import open_decoder, stream_decoder
 from simdiff_utils.evaluator import Evaluator
 from simdiff_utils.export import export_pruned, refuse_existing, verify_export
-from simdiff_utils.files import check_disk, read_json, write_json, write_whole
+from simdiff_utils.files import check_disk, read_json, read_kept, write_kept, write_whole
 from simdiff_utils.methods import METHODS, Candidate, Evidence, alpha_path, count_passes
 from simdiff_utils.models import load_model, pick_dtype
 from simdiff_utils.perplexity import perplexity, perplexity_interval
@@ -92,7 +92,8 @@ class Run(RunFolder):
         folder = self._folder("choices", _SEARCH)
         wanted = {(n_remove, criterion): folder / f"{criterion}-{n_remove}.json"
                   for n_remove in grid for criterion in criteria or self.settings.criteria}
-        candidates = {pair: self._candidates(*pair) for pair, path in wanted.items() if not path.exists()}
+        kept = {pair: read_kept(path) for pair, path in wanted.items()}
+        candidates = {pair: self._candidates(*pair) for pair, row in kept.items() if row is None}
         if candidates:
             evaluator = self.evaluator("validation")
             race = evaluator.race({pair: [c.removed for c in found] for pair, found in candidates.items()
@@ -101,14 +102,15 @@ class Run(RunFolder):
                 winner = next(c for c in found if c.merges or c.removed == race.winners[pair])
                 losses = evaluator.merged(winner.merges).losses([winner.removed])[0]
                 low, high = perplexity_interval(losses)
-                write_json(wanted[pair], {
+                kept[pair] = {
                     "n_remove": pair[0], "criterion": pair[1], "removed": sorted(winner.removed),
                     "proposed_by": winner.proposed_by, "low": _or_none(winner.low), "high": _or_none(winner.high),
                     "n_tied": winner.n_tied, "merges": winner.merges, "n_candidates": len({c.removed for c in found}),
                     "n_passes": count_passes(METHODS[pair[1]], found, self.n_layers, pair[0]),
                     "n_evaluations": len(found), "validation_perplexity": perplexity(losses), "validation_low": low,
-                    "validation_high": high})
-        table = pd.DataFrame([read_json(path) for path in wanted.values()]).astype({"low": float, "high": float})
+                    "validation_high": high}
+                write_kept(wanted[pair], kept[pair])
+        table = pd.DataFrame(list(kept.values())).astype({"low": float, "high": float})
         table.insert(2, "alpha", (table["low"] + table["high"]) / 2)
         return table
 

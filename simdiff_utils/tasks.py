@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from simdiff_utils.decoder import Decoder
-from simdiff_utils.files import read_json, write_json
+from simdiff_utils.files import read_kept, write_kept
 from simdiff_utils.settings import SimDiffError, check_removed
 from simdiff_utils.task_data import TaskData, TaskRows
 
@@ -151,7 +151,7 @@ class _Job:
         facts = shared | {"task": rows.task, "task_version": rows.version, "source": rows.source, "split": rows.split,
                           "data_sha256": rows.sha256, "shots_sha256": rows.shots_sha256() if shared["n_shots"] else ""}
         paths = {removed: folder and _path(Path(folder), removed, facts) for removed in sets}
-        known = {removed: read_json(path)["results"] for removed, path in paths.items() if path and path.exists()}
+        known = {removed: kept["results"] for removed, path in paths.items() if path and (kept := read_kept(path))}
         return cls(rows, facts, paths, known)
 
 
@@ -179,7 +179,7 @@ def _compute(job: _Job, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, ba
                                   log_samples=False, apply_chat_template=chat, fewshot_as_multiturn=chat)
         results = _results(answer, model.removed, job)
         if job.paths[model.removed]:
-            write_json(job.paths[model.removed], {"results": results, "depends_on": job.facts})
+            write_kept(job.paths[model.removed], {"results": results, "depends_on": job.facts})
         job.known[model.removed] = results
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from simdiff_utils.decoder import stream_decoder
 from simdiff_utils.methods import METHODS, alpha_path, count_passes
 from simdiff_utils.models import decoder_layers
 from simdiff_utils.perplexity import perplexity
+from simdiff_utils.runs import is_sound
 from simdiff_utils.settings import Settings, SimDiffError
 from simdiff_utils.settings import CRITERIA as EVERY
 from simdiff_utils.stages import Run
@@ -259,3 +261,53 @@ def test_streamed_from_disk_every_choice_is_the_same_or_one_sentence(make_run, d
     for method in ("taylor", "laco"):
         with pytest.raises(SimDiffError, match=rf"^{method} .* needs the model in memory: raise memory_gib\.$"):
             run.choices([2], [method])
+
+
+# ---- damaged files ------------------------------------------------------------------------------------------------
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def alter(path):
+    """One digit of a number, so that the file still reads well."""
+    content = bytearray(path.read_bytes())
+    at = max(i for i, byte in enumerate(content) if chr(byte) in "0123456789")
+    content[at] = ord("1") if content[at] != ord("1") else ord("2")
+    path.write_bytes(bytes(content))
+
+
+def lose(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_off, alter, lose])
+def test_a_damaged_file_is_made_again_with_the_same_content(make_run, damage, capsys):
+    run = make_run()
+    folder = run.pruned_checkpoint().parent
+    before = run.compare(GRID), run.statistics().table(), (folder / "model" / "pruning.json").read_text()
+    kept = [*run.folder.glob("capture-*/statistics.safetensors"), *run.folder.glob("losses-validation-*/without-*.json"),
+            *run.folder.glob("losses-test-*/dense.json"), *run.folder.glob("choices-*/masd-2.json"),
+            *folder.glob("model/model*.safetensors"), folder / "result.json"]
+    assert len(kept) > 8
+    contents = {path: path.read_bytes() for path in kept}
+    for path in kept:
+        damage(path)
+    again = make_run()
+    assert again.pruned_checkpoint().parent == folder
+    pd.testing.assert_frame_equal(again.compare(GRID), before[0])
+    pd.testing.assert_frame_equal(again.statistics().table(), before[1])
+    assert "is damaged" in capsys.readouterr().err
+    losses = {path: path.read_bytes() == content for path, content in contents.items() if path.name != "result.json"}
+    assert sum(losses.values()) >= len(losses) - 1, losses  # a set that only a race asked for may stay away
+    assert is_sound(folder) and json.loads((folder / "result.json").read_text())["stage"] == "prune"
+
+
+def test_a_sound_stage_is_not_made_again(make_run):
+    run = make_run()
+    run.statistics()
+    (folder,) = run.folder.glob("capture-*")
+    written = (folder / "result.json").stat().st_mtime_ns
+    make_run().statistics()
+    assert (folder / "result.json").stat().st_mtime_ns == written
