@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from soak import Grid, make_inputs, soak, tally
+from soak import SECRET, Grid, make_inputs, soak, tally
 
 pytestmark = pytest.mark.long
 
@@ -38,6 +38,21 @@ def grid(inputs, tmp_path):
     yield started
     if started.process and started.process.poll() is None:
         started.kill("everything")
+
+
+def test_no_secret_of_the_environment_is_in_any_file(undisturbed):
+    files = [path for path in undisturbed.folder.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_models_name_is_never_a_command(inputs, tmp_path):
+    evil = f"it's \"a\" model; touch {tmp_path}/one $(touch {tmp_path}/two) `touch {tmp_path}/three` {{wildcards}} ../.."
+    grid = Grid(tmp_path / "runs", evil, inputs[1])
+    said, _ = grid.start().communicate()
+    assert grid.process.returncode != 0
+    assert "neither a local folder" in said and "Traceback" not in said, said
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"} and not grid.results()
 
 
 def goes_on(grid, undisturbed, before) -> None:
