@@ -102,14 +102,14 @@ class Run(RunFolder):
                 winner = next(c for c in found if c.merges or c.removed == race.winners[pair])
                 losses = evaluator.merged(winner.merges).losses([winner.removed])[0]
                 low, high = perplexity_interval(losses)
-                kept[pair] = {
+                write_kept(wanted[pair], {
                     "n_remove": pair[0], "criterion": pair[1], "removed": sorted(winner.removed),
                     "proposed_by": winner.proposed_by, "low": _or_none(winner.low), "high": _or_none(winner.high),
                     "n_tied": winner.n_tied, "merges": winner.merges, "n_candidates": len({c.removed for c in found}),
                     "n_passes": count_passes(METHODS[pair[1]], found, self.n_layers, pair[0]),
                     "n_evaluations": len(found), "validation_perplexity": perplexity(losses), "validation_low": low,
-                    "validation_high": high}
-                write_kept(wanted[pair], kept[pair])
+                    "validation_high": high})
+                kept[pair] = read_kept(wanted[pair])
         table = pd.DataFrame(list(kept.values())).astype({"low": float, "high": float})
         table.insert(2, "alpha", (table["low"] + table["high"]) / 2)
         return table
