@@ -35,8 +35,8 @@ from simdiff_utils.runs import is_sound  # noqa: E402
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results" / "soak.csv"
 PHASES, VICTIMS = ("capture", "training", "checkpoint"), ("kernel", "snakemake", "everything")
-SETTINGS = dict(n_samples=64, seq_len=64, n_validation=2, n_test=2, n_remove_grid="[2]", criteria="[cosine,masd]", n_remove=2,
-                criterion="masd", recovery="[lora]", max_steps=40, micro_batch_size=1, max_length=64, learning_rate=0.01,
+SETTINGS = dict(n_samples=32, seq_len=64, n_validation=2, n_test=2, n_remove_grid="[2]", criteria="[cosine,masd]", n_remove=2,
+                criterion="masd", recovery="[lora]", max_steps=12, micro_batch_size=1, max_length=64, learning_rate=0.01,
                 prompt="w1 w2")
 SECRET = "hf_thisTokenIsASecret"  # in the environment of every run: no file may hold it
 TIMES = ("second", "time", "peak", "mem", "date", "tokens_per_s")  # columns that no two runs share
@@ -161,7 +161,7 @@ def _send(process: psutil.Process, which: int) -> None:
 def make_inputs(folder: Path) -> tuple[Path, Path]:
     """A random model of 6 layers, large enough that its phases last a moment, and a text that its tokenizer knows."""
     model, text = folder / "model", folder / "rows.txt"
-    build_tiny("llama", hidden_size=256, intermediate_size=2048, max_position_embeddings=128).save_pretrained(model)
+    build_tiny("llama", hidden_size=128, intermediate_size=512, max_position_embeddings=128).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     rows = [" ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(120)) for i in range(120)]
     text.write_text("\n\n".join(rows), encoding="utf-8")
