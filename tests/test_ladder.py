@@ -65,7 +65,8 @@ def test_the_pruned_model_alone_is_a_table_too(ladder):
 def test_what_a_recovery_leaves(ladder):
     run = ladder(repair="linear", training="lora", report_to="tensorboard")
     folder = run.recovery()
-    assert {path.name for path in folder.iterdir()} == {"model", "adapter", "curves", "log.csv", "result.json"}
+    assert {path.name for path in folder.iterdir()} == {"model", "adapter", "curves", "log.csv", "result.json",
+                                                          "hashes.json"}
     assert not list(run.folder.glob("training-*"))
     facts = json.loads((folder / "model" / "pruning.json").read_text())
     assert facts["recovery"]["recovery"] == "LoRA, 4 steps, float32, plain text"
