@@ -118,8 +118,8 @@ def summarise(root: Path) -> str:
 
 
 def stored_table(name: str) -> pd.DataFrame:
-    """A table of the workbook's own measurements, as committed in figures/ (beside this package)."""
-    path = repository_root(Path(__file__)) / "figures" / name
+    """A table as committed in the repository, by its path there: what the workbook measured, or what was published."""
+    path = repository_root(Path(__file__)) / name
     if not path.exists():
         raise SimDiffError(f"{name} is not in {path.parent}; run the workbook from its repository.")
     return pd.read_csv(path, comment="#")
