@@ -43,7 +43,7 @@ STARTED = time.time()
 def hold(batch):
     """Keep a second run out of this folder for as long as this process lives; a run that was killed holds nothing.
 
-    Snakemake's own lock lies in the same folder and outlives a kill: it is taken away by whoever holds ours.
+    Snakemake's own locks and marks lie in the same folder and outlive a kill: they are taken away by whoever holds ours.
     """
     lock = filelock.FileLock(batch / "lock", timeout=0)
     try:
@@ -51,7 +51,8 @@ def hold(batch):
     except filelock.Timeout:
         raise SimDiffError(f"another run is writing to {batch}: wait for it, stop it, or set SIMDIFF_RUNS to another "
                            "folder.") from None
-    shutil.rmtree(batch / ".snakemake" / "locks", ignore_errors=True)
+    for state in ("locks", "incomplete"):  # a result file is whole or not there: none that is there is incomplete
+        shutil.rmtree(batch / ".snakemake" / state, ignore_errors=True)
     for result in RUNS:
         if read_kept(batch / result) is None:  # damaged: no proof of anything
             (batch / result).unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""The Hugging Face hub: which names can be on it, and what went wrong there in one sentence."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import errors
+
+from simdiff_utils.settings import SimDiffError
+
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
+
+
+def check_hub_id(model: str) -> None:
+    """Refuse a name that can be no model on the hub: nothing else is ever asked for there."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or ".." in model:
+        raise SimDiffError(f"{model!r} is neither a local folder, a .gguf file, an embedded model nor a hub id; "
+                           "check the path, or write the hub id as organisation/name.")
+
+
+@contextmanager
+def hub_sentences(hub_id: str) -> Iterator[None]:
+    """Whatever the hub's client raises in a `with` block, as a SimDiffError that says what to do."""
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise SimDiffError(f"{hub_id} is gated: accept the licence on its page, then run `hf auth login`.") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise SimDiffError(f"the hub has no model {hub_id}; check the id (a private one needs `hf auth login`)."
+                           ) from error
+    except errors.NotASafetensorsRepoError as error:
+        raise SimDiffError(f"{hub_id} has no .safetensors weights, and pickled ones are not read; convert it with "
+                           "`save_pretrained` on a machine that trusts it.") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SimDiffError(f"the disk is too full for {hub_id}: make room where the hub's cache is (HF_HOME moves "
+                               "it).") from error
+        raise _unreachable(hub_id) from error
+    except Exception as error:  # a dozen kinds, of the hub's client and of what is below it; all end the same way
+        raise _unreachable(hub_id) from error
+
+
+def _unreachable(hub_id: str) -> SimDiffError:
+    return SimDiffError(f"{hub_id} cannot be reached on the hub and is not in its cache; offline, name a local "
+                        "folder, a .gguf file or embedded:smollm2-135m-instruct.")
