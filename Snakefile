@@ -18,18 +18,23 @@
 # when the run fails. Both lie in runs/batch/, in a folder for each model; a result's name ends in a hash of the settings
 # that its notebook reads. Snakemake's options that every run wants are in profiles/default.
 
+import functools
+import hashlib
 import math
 import os
 import re
 import shutil
 import sys
 import time
+from math import ceil
 from pathlib import Path
 
 import filelock
 import yaml
 from simdiff_utils.files import read_kept
-from simdiff_utils.grid import plan_runs, read_config
+from simdiff_utils.grid import encode_config, plan_runs, read_config
+from simdiff_utils.report import write_report
+from simdiff_utils.resources import Needs, check_grid, estimate_needs, look_up
 from simdiff_utils.settings import SimDiffError
 
 ROOT = Path(workflow.basedir)
@@ -70,20 +75,45 @@ def before(number):
     return lambda wildcards: ancient(list(RUNS[f"{wildcards.model}/{number}-{wildcards.run}.json"].after))
 
 
-def failures():
-    """One sentence for each notebook that stopped in this run: the last line of what papermill said."""
-    for words in sorted(Path().glob("*/[0-9]*.log")):
-        if words.stat().st_mtime >= STARTED and not words.with_suffix(".json").exists():
+def failures() -> dict[str, str]:
+    """Result file -> one sentence, for each notebook that stopped in this run: the last line of what papermill said."""
+    found = {}
+    for result in map(Path, RUNS):
+        words = result.with_suffix(".log")
+        if not result.exists() and words.exists() and words.stat().st_mtime >= STARTED:
             *_, sentence = words.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
-            yield f"{words.stem}: {sentence.removeprefix('SimDiffError: ')}\n  (all that was said: {words.resolve()})"
+            found[str(result)] = sentence.removeprefix("SimDiffError: ")
+    return found
 
+
+def needs(wildcards, input) -> Needs:
+    """What the job that runs this notebook asks of a batch system."""
+    run = RUNS[f"{wildcards.model}/{Path(input.notebook).name[:2]}-{wildcards.run}.json"]
+    return estimate_needs(run, size_of(run.settings["model"]), GPU_GIB)
+
+
+LIMITS = dict(mem_mb=lambda wildcards, input: ceil(1024 * needs(wildcards, input).memory_gib),
+              runtime=lambda wildcards, input: needs(wildcards, input).minutes,
+              gpu=lambda wildcards, input: needs(wildcards, input).n_gpus)
+size_of = functools.cache(look_up)
 
 try:
-    RUNS = plan_runs(read_config(config, os.environ), NOTEBOOKS)
+    asked = read_config(config, os.environ)
+    # Snakemake writes its config into the command lines of the processes it starts: as one word without any sign that a
+    # shell reads, whatever a model or a text is called.
+    workflow.config_settings.config_args = [f"encoded={encode_config(config)}"]
+    GPU_GIB = float(asked.pop("gpu_gib", 0))
+    RUNS = plan_runs(asked, NOTEBOOKS)
+    REPORT = f"report-{hashlib.sha256(' '.join(sorted(RUNS)).encode()).hexdigest()[:8]}.html"  # of just these runs
     if workflow.is_main_process:
-        there = sum((BATCH / result).exists() for result in RUNS)
-        print(f"{len(RUNS)} notebook runs, {there} of them there, in {BATCH}", file=sys.stderr)
-        if not workflow.dryrun:
+        there = {result for result in RUNS if (BATCH / result).exists()}
+        print(f"{len(RUNS)} notebook runs, {len(there)} of them there, in {BATCH}", file=sys.stderr)
+        problems = check_grid(RUNS, there, BATCH, workflow.local_exec, GPU_GIB)
+        if workflow.output_settings.dryrun:  # `workflow.dryrun` is not known yet while this file is read
+            print("".join(f"would not start: {problem}\n" for problem in problems), file=sys.stderr, end="")
+        else:
+            if problems:
+                raise SimDiffError("\nsimdiff: ".join(problems))
             BATCH.mkdir(parents=True, exist_ok=True)
             LOCK = hold(BATCH)
 except SimDiffError as error:
@@ -122,8 +152,19 @@ wildcard_constraints:
 
 rule all:
     input:
-        list(RUNS),
+        REPORT,
     default_target: True
+
+
+rule report:
+    input:
+        list(RUNS),
+        code=CODE,
+    output:
+        REPORT,
+    localrule: True
+    run:
+        write_report(BATCH, RUNS, BATCH / REPORT)
 
 
 rule calibration_capture:
@@ -139,6 +180,8 @@ rule calibration_capture:
         parameters=parameters,
         words=lambda wildcards, output: str(Path(output[0]).with_suffix(".log")),
     threads: workflow.cores
+    resources:
+        **LIMITS,
     shell:
         RUN
 
@@ -185,6 +228,9 @@ use rule calibration_capture as speedup_measurement with:
         "{model}/05-{run}.json",
     log:
         "{model}/executed/05_speedup_measurement-{run}.ipynb",
+    resources:
+        **LIMITS,
+        slurm_extra="--exclusive",  # what is timed shares a node with nobody
 
 
 use rule calibration_capture as comparison with:
@@ -200,4 +246,11 @@ use rule calibration_capture as comparison with:
 
 
 onerror:
-    print("\n".join(["The run stopped.", *failures()]), file=sys.stderr)
+    failed = failures()
+    write_report(BATCH, RUNS, BATCH / REPORT, failed)
+    print("\n".join(["The run stopped.", *(f"{Path(result).stem}: {why}\n  (all that was said: {Path(result).with_suffix('.log').resolve()})"
+                                           for result, why in failed.items()), f"Report: {BATCH / REPORT}"]), file=sys.stderr)
+
+
+onsuccess:
+    print(f"Report: {BATCH / REPORT}", file=sys.stderr)

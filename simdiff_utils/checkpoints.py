@@ -1,6 +1,5 @@
 """Checkpoints: from the name that a user gives to a folder that plain `transformers` loads."""
 
-import errno
 import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,10 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from simdiff_utils import assets, shapes
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
+from simdiff_utils.hub import CHECKPOINT_FILES, SECOND_COPIES, check_hub_id, hub_sentences
 from simdiff_utils.settings import SimDiffError, one_line
-
-_SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
-_CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,7 @@ def checkpoint_folder(model: str) -> Path:
         return shapes.shape_folder(model.removeprefix("shape:"))
     if model.startswith("embedded:"):
         name = model.removeprefix("embedded:")
-        models = [n for n, asset in assets.ASSETS.items() if asset.filename.endswith(".gguf")]
-        if name not in models:
-            raise SimDiffError(f"there is no embedded model {name!r}; the embedded ones are {', '.join(models)}.")
-        target = assets.cache_dir() / "checkpoints" / name
+        target = assets.locate_model(name)[0]
         return target if target.exists() else _convert_gguf(assets.fetch(name), target)
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -82,32 +75,9 @@ def checkpoint_folder(model: str) -> Path:
         return target if target.exists() else _convert_gguf(path, target)
     if path.suffix == ".gguf":
         raise SimDiffError(f"there is no file {model}; check the path.")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or ".." in model:
-        raise SimDiffError(f"{model!r} is neither a local folder, a .gguf file, an embedded model nor a hub id; "
-                           "check the path, or write the hub id as organisation/name.")
-    return _download(model)
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_SECOND_COPIES))
-    except hub_errors.GatedRepoError as error:
-        raise SimDiffError(f"{hub_id} is gated: accept the licence on its page, then run `hf auth login`.") from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
-        raise SimDiffError(f"the hub has no model {hub_id}; check the id (a private one needs `hf auth login`)."
-                           ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SimDiffError(f"the disk is too full for {hub_id}: make room where the hub's cache is (HF_HOME moves "
-                               "it).") from error
-        raise _unreachable(hub_id) from error
-    except Exception as error:  # a dozen kinds, of the hub's client and of what is below it; all end the same way
-        raise _unreachable(hub_id) from error
-
-
-def _unreachable(hub_id: str) -> SimDiffError:
-    return SimDiffError(f"{hub_id} cannot be reached on the hub and is not in its cache; offline, name a local "
-                        "folder, a .gguf file or embedded:smollm2-135m-instruct.")
+    check_hub_id(model)
+    with hub_sentences(model):
+        return Path(snapshot_download(model, allow_patterns=CHECKPOINT_FILES, ignore_patterns=SECOND_COPIES))
 
 
 def _convert_gguf(gguf: Path, target: Path) -> Path:

@@ -5,6 +5,7 @@ of layers that is added later, or a setting of one notebook that is changed, mak
 """
 
 import ast
+import base64
 import contextlib
 import hashlib
 import json
@@ -45,9 +46,18 @@ class NotebookRun:
 def read_config(config: Mapping, environment: Mapping[str, str]) -> dict:
     """A grid's config and what `make` was given, as {key: value}; words become what the setting's type wants."""
     asked = dict(config)
+    if "encoded" in asked:
+        asked = json.loads(base64.urlsafe_b64decode(asked["encoded"] + "==="))
     asked |= {name: environment[variable] for name, variable in FROM_MAKE.items() if environment.get(variable)}
     types = {field.name: field.type for field in fields(Settings)}
     return {name: _convert(value, types.get(name)) for name, value in asked.items()}
+
+
+def encode_config(config: Mapping) -> str:
+    """A config as one word of letters, digits, - and _, which `read_config` reads as the value of the key `encoded`."""
+    if "encoded" in config:
+        return config["encoded"]
+    return base64.urlsafe_b64encode(json.dumps(dict(config)).encode()).decode().rstrip("=")
 
 
 def _convert(value: object, wanted: object) -> object:

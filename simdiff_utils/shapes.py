@@ -52,6 +52,18 @@ def shape_folder(shape: str) -> Path:
     Raises:
         SimDiffError: there is no such shape, or the disk cannot hold it.
     """
+    name, n_layers = _parse_shape(shape)
+    target = cache_dir() / "checkpoints" / f"shape-{name}-{n_layers}"
+    if not target.exists():
+        model = skeleton(paper_config(SHAPES[name], n_layers), torch.bfloat16)
+        check_disk(target, sum(2 * p.numel() for p in model.parameters()), f"the shape {shape}")
+        with write_whole(target, replace=False) as partial:
+            _write_random(model, partial)
+    return target
+
+
+def _parse_shape(shape: str) -> tuple[str, int]:
+    """A name of `SHAPES` and a number of layers."""
     found = re.fullmatch(r"([^:]+)(?::(\d{1,3}))?", shape)
     if not found or found[1] not in SHAPES:
         raise SimDiffError(f"there is no shape {shape!r}; the shapes are {', '.join(SHAPES)}, "
@@ -60,13 +72,16 @@ def shape_folder(shape: str) -> Path:
     n_layers = int(found[2] or sizes["num_hidden_layers"])
     if not 1 <= n_layers <= sizes["num_hidden_layers"]:
         raise SimDiffError(f"the shape {found[1]} has 1 to {sizes['num_hidden_layers']} layers, got {n_layers}.")
-    target = cache_dir() / "checkpoints" / f"shape-{found[1]}-{n_layers}"
-    if not target.exists():
-        model = skeleton(paper_config(SHAPES[found[1]], n_layers), torch.bfloat16)
-        check_disk(target, sum(2 * p.numel() for p in model.parameters()), f"the shape {shape}")
-        with write_whole(target, replace=False) as partial:
-            _write_random(model, partial)
-    return target
+    return found[1], n_layers
+
+
+def shape_size(shape: str) -> tuple[int, int, int]:
+    """(parameters, decoder layers, parameters outside the layers) of a shape; nothing is made."""
+    name, n_layers = _parse_shape(shape)
+    model = skeleton(paper_config(SHAPES[name], n_layers))
+    inside = sum(p.numel() for p in decoder_layers(model).parameters())
+    total = sum(p.numel() for p in model.parameters())  # a tied matrix counts once
+    return total, n_layers, total - inside
 
 
 def paper_config(hub_id: str, n_layers: int = 0) -> PretrainedConfig:

@@ -6,7 +6,8 @@ What is killed (SIGKILL): the kernel of a notebook, Snakemake alone, or everythi
 When: in capture, in training, while a checkpoint is written, or anywhere. After each kill nothing half done may look
 done: every result file and every stage's folder has to be sound. The grid is then started again, and killed again, until
 it gets through; then its tables have to equal those of an undisturbed run (times apart). A result that was there before a
-kill and was made again counts as redone. Writes tests/benchmarks/results/soak.csv (a row per kill) and prints the tally.
+kill and was made again counts as redone. Writes tests/benchmarks/results/soak.csv (a row per kill; where the file is
+there, the soak goes on from it) and prints the tally.
 """
 
 import argparse
@@ -81,6 +82,11 @@ class Grid:
             return "training"
         return None
 
+    def passed(self, phase: str) -> bool:
+        """Whether a phase of PHASES will not come any more."""
+        notebook = {"capture": "01", "training": "04", "checkpoint": "04"}[phase]
+        return any(name.split("/")[-1].startswith(notebook) for name in self.results())
+
     def wait_for(self, phase: str | None, delay: float) -> bool:
         """Until a phase is seen (None: at once) and `delay` seconds more; False where the grid ended before that."""
         while phase and self.process.poll() is None:
@@ -135,7 +141,7 @@ class Grid:
         found = {}
         for path in sorted(self.folder.glob("*/[0-9]*/*.csv")):
             table = pd.read_csv(path)
-            found[path.name] = table[[c for c in table.columns if not any(word in c for word in TIMES)]]
+            found[path.relative_to(self.folder).as_posix()] = table[[c for c in table.columns if not any(word in c for word in TIMES)]]
         return found
 
     def equals(self, other: "Grid") -> bool:
@@ -158,57 +164,61 @@ def _send(process: psutil.Process, which: int) -> None:
         pass
 
 
-def make_inputs(folder: Path) -> tuple[Path, Path]:
+def make_inputs(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     """A random model of 6 layers, large enough that its phases last a moment, and a text that its tokenizer knows."""
     model, text = folder / "model", folder / "rows.txt"
-    build_tiny("llama", hidden_size=128, intermediate_size=512, max_position_embeddings=128).save_pretrained(model)
+    build_tiny("llama", seed, hidden_size=128, intermediate_size=512, max_position_embeddings=128).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     rows = [" ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(120)) for i in range(120)]
     text.write_text("\n\n".join(rows), encoding="utf-8")
     return model, text
 
 
-def soak(n_kills: int, per_phase: int, seed: int, folder: Path) -> tuple[pd.DataFrame, int]:
-    """Kill until there were enough; the log, a row per kill, and how many grids got through with equal tables."""
+def soak(n_kills: int, per_phase: int, seed: int, folder: Path, output: Path) -> pd.DataFrame:
+    """Kill until there were enough; a row per kill, written after each grid, so that a soak that was stopped goes on."""
     model, text = make_inputs(folder)
     undisturbed = Grid(folder / "undisturbed", model, text)
     undisturbed.finish()
-    draw, rows, n_equal = random.Random(seed), [], 0
-    counts: Counter = Counter()
-    with tqdm(total=n_kills, desc="kills", unit="kill") as bar:
+    rows = pd.read_csv(output).to_dict("records") if output.exists() else []
+    draw, n_grids = random.Random(seed + len(rows)), 1 + max([row["grid"] for row in rows], default=0)
+    counts = Counter(row["phase"] for row in rows)
+    with tqdm(total=n_kills, initial=len(rows), desc="kills", unit="kill") as bar:
         while len(rows) < n_kills or min(counts[phase] for phase in PHASES) < per_phase:
-            grid, killed_here = Grid(folder / f"grid-{n_equal}", model, text), []
+            grid, killed_here, before = Grid(folder / f"grid-{n_grids}", model, text), [], []
             while True:
-                grid.start()
+                if grid.process is None or grid.process.poll() is not None:
+                    grid.start()
+                ahead = [phase for phase in PHASES if not grid.passed(phase)]
                 enough = len(killed_here) >= 12 or (len(rows) >= n_kills and min(counts[p] for p in PHASES) >= per_phase)
-                wanted = min(PHASES, key=lambda p: counts[p]) if draw.random() < 0.8 else None
-                delay = draw.uniform(0, {"capture": 1, "training": 3, "checkpoint": 0.1}.get(wanted, 20))
+                wanted = min(ahead, key=lambda p: counts[p]) if ahead and draw.random() < 0.8 else None
+                delay = draw.uniform(0, {"capture": 1, "training": 3, "checkpoint": 0.1}.get(wanted, 10))
                 if enough or not grid.wait_for(wanted, delay):
                     said, _ = grid.process.communicate()
-                    if grid.process.returncode:
+                    if not grid.process.returncode:
+                        break
+                    if not killed_here or killed_here[-1]["victim"] != "kernel":
                         raise RuntimeError(f"the grid stopped by itself:\n{said}")
-                    break
-                before, seen = grid.results(), grid.phase()
+                    continue  # a second kernel was killed in the same run, which gives up then
+                there, seen = grid.results(), grid.phase()
                 victim = draw.choice(VICTIMS)
                 if not grid.kill(victim):
                     continue
-                if victim == "kernel":  # the run starts another one by itself
-                    grid.process.communicate()
-                redone = sum(grid.results().get(name) != at for name, at in before.items())
-                rows.append({"kill": len(rows) + 1, "grid": n_equal, "phase": seen or "other", "victim": victim,
+                rows.append({"kill": len(rows) + 1, "grid": n_grids, "phase": seen or "other", "victim": victim,
                              "after_seconds": round(time.time() - grid.started, 1), "half_done": len(grid.half_done()),
-                             "redone": redone, "went_on": ""})
-                counts[seen] += 1
+                             "redone": 0, "went_on": ""})
+                counts[rows[-1]["phase"]] += 1
                 killed_here.append(rows[-1])
+                before.append(there)
                 bar.update()
-                if victim == "kernel" and not grid.process.returncode:
-                    break
             equal = grid.equals(undisturbed)
-            for row in killed_here:
+            final = grid.results()
+            for row, there in zip(killed_here, before, strict=True):
+                row["redone"] = sum(final[name] != at for name, at in there.items())
                 row["went_on"] = "equal" if equal else "different"
-            n_equal += 1
+            n_grids += 1
             shutil.rmtree(grid.folder)
-    return pd.DataFrame(rows), n_equal
+            pd.DataFrame(rows).to_csv(output, index=False)
+    return pd.DataFrame(rows)
 
 
 def tally(log: pd.DataFrame) -> pd.DataFrame:
@@ -226,8 +236,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        log, _ = soak(given.kills, given.per_phase, given.seed, Path(folder))
-    log.to_csv(given.output, index=False)
+        log = soak(given.kills, given.per_phase, given.seed, Path(folder), given.output)
     print(tally(log).to_string(index=False))
     if tally(log)["lost"].any():
         sys.exit("Something was lost.")
