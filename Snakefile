@@ -4,6 +4,7 @@
 #     snakemake --configfile notebooks/grids/smoke.yaml          (-n: only show what would run)
 #     snakemake --config 'model=[embedded:smollm2-135m-instruct, some/folder]' 'n_remove=[3, 6]' speed=true
 #     snakemake --config pruning=false comparison=true 'n_remove_grid=[3, 6]' data_folder=some/folder
+#     snakemake --workflow-profile notebooks/grids/slurm --configfile notebooks/grids/paper.yaml      (on a Slurm cluster)
 #
 # 06, the comparison, runs once per model and needs none of the others: it measures the methods in `criteria` at the
 # numbers in `n_remove_grid`, and asks the tasks at those in `task_grid`.
@@ -11,8 +12,11 @@
 # Config keys: `recovery`, `speed`, `comparison` (true: run 04, 05, 06; `recovery` may list rungs, as in
 # `recovery: [linear, lora, linear+distillation]`), `pruning` (false: 03 only where 04 or 05 needs it), and any setting of
 # simdiff_utils/settings.py. Of these model, seed, criterion and n_remove may be lists, and every other may be a mapping
-# from each model to its value, as in `n_remove_grid: {some/model: [3, 6], another/one: [8]}`. What `make` was given comes
-# in the environment. All is checked before anything starts, see `grid.plan_runs`.
+# from each model to its value, as in `n_remove_grid: {some/model: [3, 6], another/one: [8]}`. `gpu_gib`, the memory of one
+# GPU of a cluster, makes Slurm jobs ask for as many as the model needs. What `make` was given comes in the environment. All
+# is checked before anything starts: names and values (`grid.plan_runs`), models, memory and disk (`resources.check_grid`).
+#
+# At the end, and when a run fails, all results stand in one page: runs/batch/report-HASH.html.
 #
 # A run's proof is its result file, written by the notebook's last cell; its log is the executed notebook, which stays
 # when the run fails. Both lie in runs/batch/, in a folder for each model; a result's name ends in a hash of the settings
@@ -34,7 +38,7 @@ import yaml
 from simdiff_utils.files import read_kept
 from simdiff_utils.grid import encode_config, plan_runs, read_config
 from simdiff_utils.report import write_report
-from simdiff_utils.resources import Needs, check_grid, estimate_needs, look_up
+from simdiff_utils.resources import ModelSize, Needs, check_grid, estimate_needs, look_up
 from simdiff_utils.settings import SimDiffError
 
 ROOT = Path(workflow.basedir)
@@ -95,15 +99,23 @@ def needs(wildcards, input) -> Needs:
 LIMITS = dict(mem_mb=lambda wildcards, input: ceil(1024 * needs(wildcards, input).memory_gib),
               runtime=lambda wildcards, input: needs(wildcards, input).minutes,
               gpu=lambda wildcards, input: needs(wildcards, input).n_gpus)
-size_of = functools.cache(look_up)
+
+
+@functools.cache
+def size_of(model) -> ModelSize:
+    try:
+        return look_up(model)
+    except SimDiffError:  # a dry run goes on, and has said so; nothing else gets here
+        return ModelSize(0, 1, 0, 0, False)
+
 
 try:
     asked = read_config(config, os.environ)
     # Snakemake writes its config into the command lines of the processes it starts: as one word without any sign that a
     # shell reads, whatever a model or a text is called.
     workflow.config_settings.config_args = [f"encoded={encode_config(config)}"]
-    GPU_GIB = float(asked.pop("gpu_gib", 0))
     RUNS = plan_runs(asked, NOTEBOOKS)
+    GPU_GIB = asked.get("gpu_gib", 0)
     REPORT = f"report-{hashlib.sha256(' '.join(sorted(RUNS)).encode()).hexdigest()[:8]}.html"  # of just these runs
     if workflow.is_main_process:
         there = {result for result in RUNS if (BATCH / result).exists()}

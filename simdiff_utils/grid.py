@@ -50,6 +50,7 @@ def read_config(config: Mapping, environment: Mapping[str, str]) -> dict:
         asked = json.loads(base64.urlsafe_b64decode(asked["encoded"] + "==="))
     asked |= {name: environment[variable] for name, variable in FROM_MAKE.items() if environment.get(variable)}
     types = {field.name: field.type for field in fields(Settings)}
+    types["gpu_gib"] = float
     return {name: _convert(value, types.get(name)) for name, value in asked.items()}
 
 
@@ -76,8 +77,8 @@ def plan_runs(asked: dict, folder: Path) -> dict[str, NotebookRun]:
     """What a config asks for, checked: nothing is loaded, run or written.
 
     Args:
-        asked: see `read_config`; the keys of `ASKED` (`recovery` may also list rungs, such as "linear+lora"), and
-            settings. Those of `AXES` may be lists, every other may map each model to its value.
+        asked: see `read_config`; the keys of `ASKED` (`recovery` may also list rungs, such as "linear+lora"), `gpu_gib`
+            (see `resources.estimate_needs`), and settings. Those of `AXES` may be lists, every other may map each model to its value.
         folder: of the notebooks, whose parameters cells say what each takes.
 
     Returns:
@@ -87,6 +88,9 @@ def plan_runs(asked: dict, folder: Path) -> dict[str, NotebookRun]:
         SimDiffError: an unknown key, a setting that no notebook of this grid takes, a wrong type or value.
     """
     asked = dict(asked)
+    gpu_gib = asked.pop("gpu_gib", 0)
+    if type(gpu_gib) not in (int, float) or gpu_gib < 0:
+        raise SimDiffError(f"gpu_gib has to be the memory of one GPU in GiB, or 0 for none; got {gpu_gib!r}.")
     wanted = {number: value for key, number in ASKED.items() if (value := _asked_for(key, asked.pop(key, key == "pruning")))}
     if not wanted:
         raise SimDiffError(f"nothing is asked for: one of {', '.join(ASKED)} has to be true.")

@@ -75,16 +75,6 @@ def test_a_kernel_killed_in_mid_cell_is_started_once_more(grid, undisturbed):
     assert grid.equals(undisturbed) and not grid.half_done()
 
 
-@pytest.mark.parametrize(("victim", "phase"), [("snakemake", "capture"), ("everything", "training"),
-                                               ("everything", "checkpoint")])
-def test_a_run_that_was_killed_goes_on(grid, undisturbed, victim, phase):
-    grid.start()
-    assert grid.wait_for(phase, 0)
-    assert grid.kill(victim)
-    assert not grid.half_done()
-    goes_on(grid, undisturbed, grid.results())
-
-
 def test_ctrl_c_stops_at_once_and_a_rerun_goes_on(grid, undisturbed):
     grid.start()
     assert grid.wait_for("training", 0)

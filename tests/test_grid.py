@@ -96,6 +96,7 @@ def test_words_become_what_the_setting_wants():
     (dict(criterion=["cosine", "masq"]), "criterion must be one of"),
     (dict(n_remove=[]), "n_remove is an empty list"),
     (dict(pruning=False), "nothing is asked for"),
+    (dict(gpu_gib="many"), "gpu_gib has to be the memory of one GPU in GiB"),
     (dict(speed="perhaps"), "speed has to be true or false; got 'perhaps'"),
     (dict(recovery=["lora", "magic"]), "there is no rung 'magic'"),
     (dict(recovery=["lora+distillation+none"]), "there is no rung"),

@@ -115,6 +115,8 @@ def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, data_folde
     results = sorted(path.stem.rpartition("-")[0] for path in (tmp_path / "runs" / "batch").glob("*/*.json"))
     assert results == ["01", "02", *(f"{n}-masd-{k}" for n in ("03", "04", "05") for k in (1, 2)), "06"]
     assert len(list((tmp_path / "runs").glob("*/capture-*"))) == 1, "every K reads the same capture"
+    (report,) = (tmp_path / "runs" / "batch").glob("report-*.html")
+    assert "9 of 9 notebook runs are done" in report.read_text(encoding="utf-8")
     summary = run_command([sys.executable, "-m", "simdiff_utils.results", tmp_path / "runs"])
     assert "pruned test perplexity" in summary.stdout and "speedup" in summary.stdout
 
@@ -128,7 +130,8 @@ def test_the_papers_grid_asks_for_the_comparison_of_each_model_alone(tmp_path):
                         "notebooks/grids/paper.yaml"], SIMDIFF_RUNS=str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
-    assert dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)) == {"comparison": "7", "all": "1", "total": "8"}
+    assert dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)) == {"comparison": "7", "report": "1", "all": "1", "total": "9"}
+    assert said.count("would not start: ") == 7  # and says so of each model
     for model, n_removes in grid["n_remove_grid"].items():
         (given,) = {line for line in re.findall(r"-y '(\{.*\})'", said) if f" model: {model}," in line}
         parameters = yaml.safe_load(given)
