@@ -67,12 +67,12 @@ test: .venv/.installed  ## run all tests: units, every notebook under nbval, and
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
 	set -x; \
 	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=600 --durations 5 notebooks; \
-	.venv/bin/python -m pytest tests/test_notebooks.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_notebooks.py -n 2
 
 # What a package of the system is missing for is skipped, with the reason printed.
 test-slow: .venv/.installed  ## faults, a short soak, Slurm and a browser, on the real engine (slurm-wlm, munge, chromium)
 	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
-	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 .venv/bin/python -m pytest tests -m long --durations 10
+	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m long --durations 10 -n 2
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks

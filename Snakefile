@@ -164,6 +164,7 @@ wildcard_constraints:
 
 rule all:
     input:
+        list(RUNS),  # asked for beside the report, which a failed run leaves, too
         REPORT,
     default_target: True
 

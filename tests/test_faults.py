@@ -61,6 +61,8 @@ def goes_on(grid, undisturbed, before) -> None:
     grid.finish()
     assert not grid.half_done()
     assert grid.equals(undisturbed)
+    (report,) = grid.folder.glob("batch/report-*.html")
+    assert "4 of 4 notebook runs are done" in report.read_text(encoding="utf-8")
     after = grid.results()
     assert len(after) == 4 and all(after[name] == written for name, written in before.items()), "something was redone"
 

@@ -107,7 +107,7 @@ def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, data_folde
                     prompt="w1 w2",
                     data_folder=data_folder, window_len=12, n_windows=4, task_limit=4, n_stories=0, task_grid="[2]",
                     task_criteria="[cosine,portfolio]")
-    done = run_command([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "all", "--config",
+    done = run_command([sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--config",
                         f"model={tiny_model}", f"text={tiny_text}", "n_remove=[1,2]", "criterion=masd",
                         "recovery=true", "speed=true", "comparison=true", *(f"{name}={value}" for name, value in settings.items())],
                        SIMDIFF_RUNS=str(tmp_path / "runs"))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from slurm_cluster import start_cluster, why_not  # noqa: E402
 from soak import Grid, make_inputs  # noqa: E402
 
-SLURM = ("--workflow-profile", "notebooks/grids/slurm", "--cores", "1", "--slurm-status-command", "squeue",
+SLURM = ("--workflow-profile", "notebooks/grids/slurm", "--slurm-status-command", "squeue",
          "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "2")
 CRITERIA, NUMBERS = ("cosine", "mssd", "masd", "relative"), (1, 2, 3, 4)
 
