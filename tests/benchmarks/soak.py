@@ -6,8 +6,8 @@ What is killed (SIGKILL): the kernel of a notebook, Snakemake alone, or everythi
 When: in capture, in training, while a checkpoint is written, or anywhere. After each kill nothing half done may look
 done: every result file and every stage's folder has to be sound. The grid is then started again, and killed again, until
 it gets through; then its tables have to equal those of an undisturbed run (times apart). A result that was there before a
-kill and was made again counts as redone. Writes tests/benchmarks/results/soak.csv (a row per kill; where the file is
-there, the soak goes on from it) and prints the tally.
+kill, of a notebook that had ended, and was made again counts as redone. Writes tests/benchmarks/results/soak.csv (a row per kill; where the file is
+there, the soak goes on from it), and the tally as faults.csv beside it.
 """
 
 import argparse
@@ -129,6 +129,11 @@ class Grid:
         return {path.relative_to(self.folder).as_posix(): path.stat().st_mtime_ns
                 for path in self.folder.glob("batch/*/[0-9]*.json")}
 
+    def finished(self) -> dict[str, int]:
+        """Those of `results` whose notebook is not just being run: the proof is written by its last cell, before its end."""
+        words = " ".join(word for process in self.processes() for word in _command(process))
+        return {name: at for name, at in self.results().items() if name not in words}
+
     def half_done(self) -> list[str]:
         """What looks done and is not."""
         stages = [path for path in self.folder.glob("*/*-*") if path.is_dir() and (path / "result.json").exists()
@@ -151,10 +156,14 @@ class Grid:
 
 
 def _is_kernel(process: psutil.Process) -> bool:
+    return "ipykernel_launcher" in _command(process)
+
+
+def _command(process: psutil.Process) -> list[str]:
     try:
-        return "ipykernel_launcher" in process.cmdline()
+        return process.cmdline()
     except psutil.Error:
-        return False
+        return []
 
 
 def _send(process: psutil.Process, which: int) -> None:
@@ -199,7 +208,7 @@ def soak(n_kills: int, per_phase: int, seed: int, folder: Path, output: Path) ->
                     if not killed_here or killed_here[-1]["victim"] != "kernel":
                         raise RuntimeError(f"the grid stopped by itself:\n{said}")
                     continue  # a second kernel was killed in the same run, which gives up then
-                there, seen = grid.results(), grid.phase()
+                there, seen = grid.finished(), grid.phase()
                 victim = draw.choice(VICTIMS)
                 if not grid.kill(victim):
                     continue
@@ -237,8 +246,10 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = soak(given.kills, given.per_phase, given.seed, Path(folder), given.output)
-    print(tally(log).to_string(index=False))
-    if tally(log)["lost"].any():
+    table = tally(log)
+    table.to_csv(given.output.with_name("faults.csv"), index=False)
+    print(table.to_string(index=False))
+    if table["lost"].any():
         sys.exit("Something was lost.")
 
 
