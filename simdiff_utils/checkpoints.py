@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from simdiff_utils import assets, shapes
@@ -100,7 +100,11 @@ def _refuse_unsuitable(folder: Path, model: str) -> None:
     if not (folder / "config.json").is_file():
         raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        stored = read_json(folder / "config.json")
+        if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError("it needs code that comes with it, and this workbook runs none; name a model of a family that "
+                             "transformers knows.")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what the families' own checks raise has no common kind
         raise SimDiffError(f"transformers cannot read the config of {model}: {one_line(error)}") from error
     names = config.architectures or []

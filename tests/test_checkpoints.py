@@ -199,3 +199,12 @@ def test_a_gguf_file_that_is_not_there_is_no_matter_of_the_hub(tmp_path, monkeyp
 
 def test_an_empty_name_is_refused():
     assert "''" in refusal("")
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": {"AutoConfig": "configuration.Mine"}}))
+    (tmp_path / "configuration.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(SimDiffError, match="needs code that comes with it, and this workbook runs none"):
+        resolve_checkpoint(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
