@@ -6,8 +6,8 @@ What is killed (SIGKILL): the kernel of a notebook, Snakemake alone, or everythi
 When: in capture, in training, while a checkpoint is written, or anywhere. After each kill nothing half done may look
 done: every result file and every stage's folder has to be sound. The grid is then started again, and killed again, until
 it gets through; then its tables have to equal those of an undisturbed run (times apart). A result that was there before a
-kill, of a notebook that had ended, and was made again counts as redone. Writes tests/benchmarks/results/soak.csv (a row per kill; where the file is
-there, the soak goes on from it), and the tally as faults.csv beside it.
+kill, of a notebook that had ended, and was made again counts as redone. Writes tests/benchmarks/results/soak.csv (a row per
+kill; where the file is there, the soak goes on from it), and the tally as faults.csv beside it.
 """
 
 import argparse
