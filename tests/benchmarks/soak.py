@@ -142,9 +142,9 @@ class Grid:
                 + [f"{path} is not sound" for path in stages if not is_sound(path)])
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table that the notebooks wrote, without the columns that hold times."""
+        """Every table that the notebooks wrote, without the columns that hold times, and without 05, which measures them."""
         found = {}
-        for path in sorted(self.folder.glob("*/[0-9]*/*.csv")):
+        for path in sorted(self.folder.glob("*/0[!5]*/*.csv")):
             table = pd.read_csv(path)
             found[path.relative_to(self.folder).as_posix()] = table[[c for c in table.columns if not any(word in c for word in TIMES)]]
         return found
