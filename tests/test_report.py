@@ -73,7 +73,7 @@ def browse(page) -> dict[str, str]:
     counted = """<script>onload = () => { document.title = JSON.stringify({images: document.images.length,
         broken: [...document.images].filter(image => !image.naturalWidth).length, errors: errors}); };</script></body>"""
     watched.write_text(text.replace("</body>", counted), encoding="utf-8")
-    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom",
+    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=10000", "--dump-dom",
                            watched.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = re.search(r"<title>(\{.*?\})</title>", done.stdout)
