@@ -200,7 +200,7 @@ def soak(n_kills: int, per_phase: int, seed: int, folder: Path, output: Path) ->
                 ahead = [phase for phase in PHASES if not grid.passed(phase)]
                 enough = len(killed_here) >= 12 or (len(rows) >= n_kills and min(counts[p] for p in PHASES) >= per_phase)
                 wanted = min(ahead, key=lambda p: counts[p]) if ahead and draw.random() < 0.8 else None
-                delay = draw.uniform(0, {"capture": 1, "training": 3, "checkpoint": 0.1}.get(wanted, 10))
+                delay = draw.uniform(0, {"capture": 0.5, "training": 0.5, "checkpoint": 0.005}.get(wanted, 10))
                 if enough or not grid.wait_for(wanted, delay):
                     said, _ = grid.process.communicate()
                     if not grid.process.returncode:
