@@ -73,8 +73,8 @@ class Grid:
     def phase(self) -> str | None:
         """What a notebook is doing, by what lies in the run folder: one of PHASES, or None for anything else."""
         models = [path for path in self.folder.glob("*") if path.name != "batch"]
-        if any(found for path in models for found in path.glob(".partial-*/*/.partial-*")):
-            return "checkpoint"
+        if any(found for path in models for half in (".partial-*/*/.partial-*", ".partial-*/*/model") for found in path.glob(half)):
+            return "checkpoint"  # being written, or written and being read again to be compared
         if any(found for path in models for found in path.glob(".partial-*/capture-*")):
             return "capture"
         begun = [found for path in models for found in path.glob("training-*/*.json")]
@@ -208,7 +208,7 @@ def soak(n_kills: int, per_phase: int, seed: int, folder: Path, output: Path) ->
                     if not killed_here or killed_here[-1]["victim"] != "kernel":
                         raise RuntimeError(f"the grid stopped by itself:\n{said}")
                     continue  # a second kernel was killed in the same run, which gives up then
-                there, seen = grid.finished(), grid.phase()
+                seen, there = grid.phase(), grid.finished()
                 victim = draw.choice(VICTIMS)
                 if not grid.kill(victim):
                     continue
