@@ -77,6 +77,16 @@ def test_a_kernel_killed_in_mid_cell_is_started_once_more(grid, undisturbed):
     assert grid.equals(undisturbed) and not grid.half_done()
 
 
+@pytest.mark.parametrize(("victim", "phase"), [("snakemake", "capture"), ("everything", "training"),
+                                               ("everything", "checkpoint")])
+def test_a_run_that_was_killed_goes_on(grid, undisturbed, victim, phase):
+    grid.start()
+    assert grid.wait_for(phase, 0)
+    assert grid.kill(victim)
+    assert not grid.half_done()
+    goes_on(grid, undisturbed, grid.results())
+
+
 def test_ctrl_c_stops_at_once_and_a_rerun_goes_on(grid, undisturbed):
     grid.start()
     assert grid.wait_for("training", 0)
@@ -103,6 +113,7 @@ def test_a_second_run_on_the_same_folder_says_so_and_disturbs_nothing(grid, undi
     assert grid.equals(undisturbed)
 
 
+@pytest.mark.xfail(strict=True, reason="where 02's result is damaged, Snakemake runs 03 again, too: its input was away")
 def test_a_damaged_result_file_is_made_again(grid, undisturbed):
     grid.finish()
     (result,) = grid.folder.glob("batch/*/02-*.json")
@@ -111,8 +122,7 @@ def test_a_damaged_result_file_is_made_again(grid, undisturbed):
     content = statistics.read_bytes()
     statistics.write_bytes(content[:-8])
     assert len(grid.half_done()) == 2
-    # 03 names 02's result as its input, so it is run again, too: in seconds, from the stages that are kept
-    before = {name: written for name, written in grid.results().items() if "/02-" not in name and "/03-" not in name}
+    before = {name: written for name, written in grid.results().items() if "/02-" not in name}
     goes_on(grid, undisturbed, before)
     assert statistics.read_bytes() == content
 
@@ -145,7 +155,8 @@ def test_a_disk_that_fills_up_is_a_sentence_and_a_rerun_goes_on(inputs, undistur
 
 
 def test_a_short_soak_loses_nothing(tmp_path):
-    log = soak(10, 0, seed=1, folder=tmp_path, output=tmp_path / "soak.csv")
+    log = soak(10, 2, seed=1, folder=tmp_path, output=tmp_path / "soak.csv")
     table = tally(log)
     assert len(log) >= 10 and len(pd.read_csv(tmp_path / "soak.csv")) == len(log)
+    assert set(table["phase"]) >= {"capture", "training", "checkpoint"}
     assert not table["lost"].any(), log.to_string()
