@@ -30,7 +30,6 @@ import re
 import shutil
 import sys
 import time
-from math import ceil
 from pathlib import Path
 
 import filelock
@@ -96,7 +95,7 @@ def needs(wildcards, input) -> Needs:
     return estimate_needs(run, size_of(run.settings["model"]), GPU_GIB)
 
 
-LIMITS = dict(mem_mb=lambda wildcards, input: ceil(1024 * needs(wildcards, input).memory_gib),
+LIMITS = dict(mem_mb=lambda wildcards, input: math.ceil(1024 * needs(wildcards, input).memory_gib),
               runtime=lambda wildcards, input: needs(wildcards, input).minutes,
               gpu=lambda wildcards, input: needs(wildcards, input).n_gpus)
 

@@ -4,6 +4,7 @@ No weight is read and neither torch nor transformers is loaded. Time is a limit 
 a run takes; how fast it is, only a measurement says (notebook 05).
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from huggingface_hub import HfApi, get_local_safetensors_metadata, hf_hub_downlo
 from simdiff_utils import assets
 from simdiff_utils.files import check_disk, read_json
 from simdiff_utils.grid import NotebookRun
-from simdiff_utils.hub import CHECKPOINT_FILES, SECOND_COPIES, check_hub_id, hub_sentences
+from simdiff_utils.hub import check_hub_id, hub_sentences
 from simdiff_utils.settings import Settings, SimDiffError, one_line
 
 _GIB = 2**30
@@ -68,6 +69,7 @@ class Needs:
     disk_bytes: int
 
 
+@functools.cache  # the check and every job ask for the same models
 def look_up(model: str) -> ModelSize:
     """Size of the model that a user's name means (see `checkpoints.resolve_checkpoint`).
 
@@ -147,7 +149,7 @@ def estimate_needs(run: NotebookRun, size: ModelSize, gpu_gib: float = 0.0) -> N
     n_gpus = ceil(whole / (0.8 * gpu_gib * _GIB)) if gpu_gib else 0
     operations = 2 * size.n_parameters * _count_tokens(number, settings)
     minutes = 20 + 3 * operations / _PER_SECOND["gpu" if gpu_gib else "cpu"] / 60
-    written = size.n_bytes * {"03": 1.0, "04": 1.0}.get(number, 0.0) * (1 - settings.n_remove / max(size.n_layers, 1))
+    written = size.n_bytes * (1 - settings.n_remove / size.n_layers) if number in ("03", "04") else 0
     return Needs(_PROCESS_GIB + whole / _GIB, 1 + least / _GIB, n_gpus, min(10 * ceil(minutes / 10), _MOST_MINUTES), max(0, int(written)))
 
 

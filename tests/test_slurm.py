@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,12 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=str(w
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    cluster = start_cluster(tmp_path_factory.mktemp("cluster"))
-    try:
-        cluster.__enter__()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # a container may forbid what daemons want
-        pytest.skip(f"the cluster does not start here: {error}")
-    yield
-    cluster.__exit__(None, None, None)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(start_cluster(tmp_path_factory.mktemp("cluster")))
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # a container may forbid what daemons want
+            pytest.skip(f"the cluster does not start here: {error}")
+        yield
 
 
 def queue(columns: str) -> list[list[str]]:
