@@ -74,8 +74,16 @@ def parameters(wildcards, output):
 
 
 def before(number):
-    """Input function of a notebook's rule: the results that come before, whose time of writing says nothing."""
-    return lambda wildcards: ancient(list(RUNS[f"{wildcards.model}/{number}-{wildcards.run}.json"].after))
+    """Input function of a notebook's rule: the results that come before, whose time of writing says nothing.
+
+    One that was lost and is made again is not waited for by a result that is there: that would make both again.
+    """
+    def results_before(wildcards):
+        result = f"{wildcards.model}/{number}-{wildcards.run}.json"
+        there = (BATCH / result).exists()
+        return ancient([earlier for earlier in RUNS[result].after if not there or (BATCH / earlier).exists()])
+
+    return results_before
 
 
 def failures() -> dict[str, str]:

@@ -113,7 +113,6 @@ def test_a_second_run_on_the_same_folder_says_so_and_disturbs_nothing(grid, undi
     assert grid.equals(undisturbed)
 
 
-@pytest.mark.xfail(strict=True, reason="where 02's result is damaged, Snakemake runs 03 again, too: its input was away")
 def test_a_damaged_result_file_is_made_again(grid, undisturbed):
     grid.finish()
     (result,) = grid.folder.glob("batch/*/02-*.json")
