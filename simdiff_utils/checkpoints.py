@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from simdiff_utils import assets, shapes
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
-from simdiff_utils.hub import CHECKPOINT_FILES, SECOND_COPIES, check_hub_id, hub_sentences
+from simdiff_utils.hub import CHECKPOINT_FILES, SECOND_COPIES, hub_sentences, read_model_name
 from simdiff_utils.settings import SimDiffError, one_line
 
 
@@ -47,35 +47,32 @@ def resolve_checkpoint(model: str) -> Checkpoint:
     """
     folder = checkpoint_folder(model)
     _refuse_unsuitable(folder, model)
-    label, hub_id = model, None
-    if model.startswith("embedded:"):
-        label = assets.ASSETS[model.removeprefix("embedded:")].label
-    elif model.startswith("shape:"):
-        label = f"{model.removeprefix('shape:')} shape (random weights)"
-    elif Path(model).expanduser().exists():
-        label = Path(model).expanduser().resolve().name
-    else:
-        hub_id = model
-    return Checkpoint(folder, label, _hash_checkpoint(folder), hub_id)
+    kind, name = read_model_name(model)
+    match kind:
+        case "embedded":
+            label = assets.ASSETS[name].label
+        case "shape":
+            label = f"{name} shape (random weights)"
+        case "hub":
+            label = name
+        case _:
+            label = Path(name).resolve().name
+    return Checkpoint(folder, label, _hash_checkpoint(folder), name if kind == "hub" else None)
 
 
 def checkpoint_folder(model: str) -> Path:
     """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache."""
-    if model.startswith("shape:"):
-        return shapes.shape_folder(model.removeprefix("shape:"))
-    if model.startswith("embedded:"):
-        name = model.removeprefix("embedded:")
-        target = assets.locate_model(name)[0]
-        return target if target.exists() else _convert_gguf(assets.fetch(name), target)
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if path.suffix == ".gguf" and path.is_file():
-        target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([path])[:16]}"
-        return target if target.exists() else _convert_gguf(path, target)
-    if path.suffix == ".gguf":
-        raise SimDiffError(f"there is no file {model}; check the path.")
-    check_hub_id(model)
+    match read_model_name(model):
+        case "shape", name:
+            return shapes.shape_folder(name)
+        case "embedded", name:
+            target = assets.locate_model(name)[0]
+            return target if target.exists() else _convert_gguf(assets.fetch(name), target)
+        case "folder", name:
+            return Path(name)
+        case "gguf", name:
+            target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([Path(name)])[:16]}"
+            return target if target.exists() else _convert_gguf(Path(name), target)
     with hub_sentences(model):
         return Path(snapshot_download(model, allow_patterns=CHECKPOINT_FILES, ignore_patterns=SECOND_COPIES))
 

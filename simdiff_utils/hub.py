@@ -1,9 +1,10 @@
-"""The Hugging Face hub: which names can be on it, and what went wrong there in one sentence."""
+"""What a user's name of a model means, and what went wrong on the Hugging Face hub in one sentence."""
 
 import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import errors
 
@@ -13,11 +14,30 @@ CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
 
 
-def check_hub_id(model: str) -> None:
-    """Refuse a name that can be no model on the hub: nothing else is ever asked for there."""
+def read_model_name(model: str) -> tuple[str, str]:
+    """What a user's name of a model means, without looking further than at the local disk.
+
+    Returns:
+        kind and what it names: "embedded" or "shape" and the name behind the colon, "folder" or "gguf" and a path,
+        "hub" and an id.
+
+    Raises:
+        SimDiffError: it is none of these. Nothing that cannot be a hub id is ever asked for there.
+    """
+    kind, colon, name = model.partition(":")
+    if colon and kind in ("embedded", "shape"):
+        return kind, name
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return "folder", str(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SimDiffError(f"there is no file {model}; check the path.")
+        return "gguf", str(path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or ".." in model:
         raise SimDiffError(f"{model!r} is neither a local folder, a .gguf file, an embedded model nor a hub id; "
                            "check the path, or write the hub id as organisation/name.")
+    return "hub", model
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, get_local_safetensors_metadata, hf_hub_downlo
 from simdiff_utils import assets
 from simdiff_utils.files import check_disk, read_json
 from simdiff_utils.grid import NotebookRun
-from simdiff_utils.hub import check_hub_id, hub_sentences
+from simdiff_utils.hub import hub_sentences, read_model_name
 from simdiff_utils.settings import Settings, SimDiffError, one_line
 
 _GIB = 2**30
@@ -76,24 +76,21 @@ def look_up(model: str) -> ModelSize:
     Raises:
         SimDiffError: there is no such model, or it cannot be reached.
     """
-    if model.startswith("shape:"):
-        from simdiff_utils.shapes import shape_size  # loads torch, which no other name needs here
+    match read_model_name(model):
+        case "shape", name:
+            from simdiff_utils.shapes import shape_size  # loads torch, which no other name needs here
 
-        n_parameters, n_layers, n_outside = shape_size(model.removeprefix("shape:"))
-        return ModelSize(n_parameters, n_layers, n_outside, 2 * n_parameters, False)
-    if model.startswith("embedded:"):
-        folder, gguf, n_bytes = assets.locate_model(model.removeprefix("embedded:"))
-        if folder.exists():
-            return _size_of_folder(folder, model)
-        return _size_of_gguf(gguf) if gguf.exists() else ModelSize(2 * n_bytes, 1, n_bytes, n_bytes, False)
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return _size_of_folder(path, model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SimDiffError(f"there is no file {model}; check the path.")
-        return _size_of_gguf(path)
-    check_hub_id(model)
+            n_parameters, n_layers, n_outside = shape_size(name)
+            return ModelSize(n_parameters, n_layers, n_outside, 2 * n_parameters, False)
+        case "embedded", name:
+            folder, gguf, n_bytes = assets.locate_model(name)
+            if folder.exists():
+                return _size_of_folder(folder, model)
+            return _size_of_gguf(gguf) if gguf.exists() else ModelSize(2 * n_bytes, 1, n_bytes, n_bytes, False)
+        case "folder", name:
+            return _size_of_folder(Path(name), model)
+        case "gguf", name:
+            return _size_of_gguf(Path(name))
     return _size_on_hub(model)
 
 

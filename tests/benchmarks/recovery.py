@@ -40,7 +40,7 @@ CASES = {"smollm2-6": (SMOLLM2, 6), "smollm2-9": (SMOLLM2, 9), "gemma-4": ("embe
 RUNGS = {"pruned": ("none", "none"), "magnitude": ("magnitude", "none"), "linear": ("linear", "none"),
          "lora": ("none", "lora"), "distillation": ("none", "distillation"), "linear+lora": ("linear", "lora"),
          "linear+distillation": ("linear", "distillation")}
-SHARED = dict(dtype="float32", batch_size=4, n_samples=64, n_validation=16, n_test=64, criterion="portfolio",
+SHARED = dict(dtype="float32", train_dtype="bfloat16", batch_size=4, n_samples=64, n_validation=16, n_test=64, criterion="portfolio",
               max_steps=196)  # steps of 4 x 256 tokens
 N_WINDOWS, WINDOW_LEN = 16, 2048  # of WikiText-2's test split
 
