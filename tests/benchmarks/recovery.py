@@ -1,11 +1,13 @@
 """The ladder of recovery on the embedded models, 200,000 tokens for the rungs that train; and what our loop costs.
 
     python tests/benchmarks/recovery.py smollm2-6 --data ../shared/data [--rungs linear lora linear+distillation]
+    python tests/benchmarks/recovery.py smollm2-6 --data ../shared/data --tasks
     python tests/benchmarks/recovery.py alpaca --data ../shared/data
     python tests/benchmarks/recovery.py overhead
 
 Each rung is a stage of a run in runs/: what is there is read, and a training that was killed goes on. After each rung its
-row goes to results/recovery.csv and its curve to results/recovery_curves.csv. `alpaca` is the published recipe, once, on
+row goes to results/recovery.csv and its curve to results/recovery_curves.csv. `--tasks` asks the dense model and each rung
+200 questions of each zero-shot task instead, into results/recovery_tasks.csv. `alpaca` is the published recipe, once, on
 the Alpaca rows of the data folder. `overhead` runs our loop and a bare PEFT + Trainer loop on the same rows in turn.
 """
 
@@ -23,6 +25,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from simdiff_utils import results
+from simdiff_utils.checkpoints import resolve_checkpoint
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import write_whole
 from simdiff_utils.ladder import Ladder
@@ -30,6 +33,8 @@ from simdiff_utils.models import load_model
 from simdiff_utils.perplexity import block_losses, perplexity
 from simdiff_utils.recovery import lora_config, train_lora
 from simdiff_utils.settings import Settings
+from simdiff_utils.task_data import TaskData
+from simdiff_utils.tasks import SUITES, average_accuracy, evaluate_tasks
 from simdiff_utils.text import load_wikitext2_test, token_blocks
 from simdiff_utils.training_data import pad_rows, pad_token_id
 
@@ -43,15 +48,21 @@ RUNGS = {"pruned": ("none", "none"), "magnitude": ("magnitude", "none"), "linear
 SHARED = dict(dtype="float32", train_dtype="bfloat16", batch_size=4, n_samples=64, n_validation=16, n_test=64, criterion="portfolio",
               max_steps=196)  # steps of 4 x 256 tokens
 N_WINDOWS, WINDOW_LEN = 16, 2048  # of WikiText-2's test split
+N_QUESTIONS, TASK_DTYPE = 200, "bfloat16"
 
 
-def climb(case: str, rungs: list[str], data: Path) -> None:
-    """Every rung on Wikipedia's test split and on WikiText-2's, a row each as soon as it is there."""
+def open_run(case: str, data: Path) -> Ladder:
+    """The run of a case, pruned and with nothing healed yet."""
     model, n_remove = CASES[case]
     settings = dict(model=model, n_remove=n_remove, **SHARED)
     if case == "alpaca":
         settings |= dict(preset="published", train_data=str(data / "alpaca" / "alpaca_5000.jsonl.gz"), max_steps=0)
-    run = Ladder(Settings(**settings))
+    return Ladder(Settings(**settings))
+
+
+def climb(case: str, rungs: list[str], data: Path) -> None:
+    """Every rung on Wikipedia's test split and on WikiText-2's, a row each as soon as it is there."""
+    run = open_run(case, data)
     windows = token_blocks(run.tokenizer, load_wikitext2_test(str(data)), WINDOW_LEN)
     windows = windows[np.sort(np.random.default_rng(0).permutation(len(windows))[:N_WINDOWS])]
     facts = {"case": case, "model": run.checkpoint.label, "removed": json.dumps(sorted(run.removed())),
@@ -69,6 +80,22 @@ def climb(case: str, rungs: list[str], data: Path) -> None:
         if rung.settings.training != "none":
             log = pd.read_csv(rung.recovery() / "log.csv").dropna(subset=["eval_loss"])
             add_rows(log.assign(case=case, rung=name), RESULTS / "recovery_curves.csv", ["case", "rung"])
+
+
+def ask(case: str, rungs: list[str], data: Path) -> None:
+    """The zero-shot tasks of the dense model and of every rung, a row each as soon as it is there."""
+    run = open_run(case, data)
+    for name in ("dense", *rungs):
+        folder = run.checkpoint.folder if name == "dense" else run.rung(*RUNGS[name]).without_copy()
+        scores = evaluate_tasks(lambda folder=folder: Decoder(load_model(folder, TASK_DTYPE)), run.tokenizer, [frozenset()],
+                                SUITES["zero_shot"], TaskData(data), N_QUESTIONS, folder=run.folder / "tasks",
+                                identity={"weights": resolve_checkpoint(str(folder)).sha256, "dtype": TASK_DTYPE})
+        average = average_accuracy(scores).iloc[0]
+        accuracies = scores[scores["metric"] == "acc"].set_index("task")["value"].to_dict()
+        row = {"case": case, "rung": name, average["metric"]: average["value"], "stderr": average["stderr"]} | accuracies
+        row |= {"limit": N_QUESTIONS, "dtype": TASK_DTYPE, "machine": results.describe_machine(), "torch": torch.__version__}
+        add_rows(pd.DataFrame([row]), RESULTS / "recovery_tasks.csv", ["case", "rung"])
+        print(row, flush=True)
 
 
 def add(row: dict) -> None:
@@ -120,11 +147,13 @@ def main() -> None:
     parser.add_argument("what", choices=[*CASES, "overhead"])
     parser.add_argument("--data", type=Path, help="folder with wikitext2/ and alpaca/")
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=None)
+    parser.add_argument("--tasks", action="store_true", help="ask the zero-shot tasks instead")
     given = parser.parse_args()
     if given.what == "overhead":
         measure_overhead()
     else:
-        climb(given.what, given.rungs or (["lora"] if given.what == "alpaca" else list(RUNGS)), given.data)
+        measure = ask if given.tasks else climb
+        measure(given.what, given.rungs or (["lora"] if given.what == "alpaca" else list(RUNGS)), given.data)
 
 
 if __name__ == "__main__":
