@@ -15,6 +15,7 @@ from torch import Tensor
 from simdiff_utils.criteria import measure_tokens
 from simdiff_utils.decoder import Decoder, stream_decoder
 from simdiff_utils.models import load_model, text_config
+from simdiff_utils.own_code import trust_as_parent
 from simdiff_utils.results import peak_memory_gib, run_fresh
 from simdiff_utils.settings import SimDiffError
 
@@ -165,6 +166,7 @@ def _main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--n-samples", type=int, nargs="+")
     given = parser.parse_args()
+    trust_as_parent()
     decoder = (stream_decoder(given.folder, given.dtype) if given.way == "streamed" else
                Decoder(load_model(given.folder, given.dtype)))
     config, itemsize = text_config(decoder.model), decoder.model.dtype.itemsize

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from simdiff_utils import assets, shapes
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
 from simdiff_utils.hub import CHECKPOINT_FILES, SECOND_COPIES, hub_sentences, read_model_name
+from simdiff_utils.own_code import needs_own_code, trust_code
 from simdiff_utils.settings import SimDiffError, one_line
 
 
@@ -25,7 +27,7 @@ class Checkpoint:
     Attributes:
         folder: config, safetensors and tokenizer files.
         label: the name for tables.
-        sha256: of config and weights, so that results of other weights are never taken for these.
+        sha256: of config and weights (and of the code that comes with them, if any), so that results of other weights are never taken for these.
         hub_id: where it is on the hub; None for a local, embedded or made one.
     """
 
@@ -35,18 +37,20 @@ class Checkpoint:
     hub_id: str | None = None
 
 
-def resolve_checkpoint(model: str) -> Checkpoint:
+def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
     """Find the checkpoint that a user's name means.
 
     Args:
         model: `embedded:NAME` (see `assets.ASSETS`), `shape:NAME` (see `shapes.SHAPES`), a local Hugging Face folder,
             a local `.gguf` file, or a hub id.
+        trust_remote_code: run the code that comes with the model, if it does.
 
     Raises:
-        SimDiffError: it cannot be found or reached, is no decoder-only model, or has no safetensors.
+        SimDiffError: it cannot be found or reached, is no decoder-only model, has no safetensors, or needs code of its own
+            and is not trusted.
     """
-    folder = checkpoint_folder(model)
-    _refuse_unsuitable(folder, model)
+    folder = checkpoint_folder(model, [*CHECKPOINT_FILES, *["*.py"] * trust_remote_code])
+    _refuse_unsuitable(folder, model, trust_remote_code)
     kind, name = read_model_name(model)
     match kind:
         case "embedded":
@@ -60,8 +64,12 @@ def resolve_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(folder, label, _hash_checkpoint(folder), name if kind == "hub" else None)
 
 
-def checkpoint_folder(model: str) -> Path:
-    """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache."""
+def checkpoint_folder(model: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
+    """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache.
+
+    Args:
+        files: patterns of what is fetched from the hub.
+    """
     match read_model_name(model):
         case "shape", name:
             return shapes.shape_folder(name)
@@ -74,7 +82,7 @@ def checkpoint_folder(model: str) -> Path:
             target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([Path(name)])[:16]}"
             return target if target.exists() else _convert_gguf(Path(name), target)
     with hub_sentences(model):
-        return Path(snapshot_download(model, allow_patterns=CHECKPOINT_FILES, ignore_patterns=SECOND_COPIES))
+        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=SECOND_COPIES))
 
 
 def _convert_gguf(gguf: Path, target: Path) -> Path:
@@ -93,19 +101,24 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
     return target
 
 
-def _refuse_unsuitable(folder: Path, model: str) -> None:
+def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> None:
     if not (folder / "config.json").is_file():
         raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
     try:
-        stored = read_json(folder / "config.json")
-        if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
-            raise ValueError("it needs code that comes with it, and this workbook runs none; name a model of a family that "
-                             "transformers knows.")
+        own_code = needs_own_code(folder)
+        if own_code and not trust_remote_code:
+            raise SimDiffError(f"{model} needs code that comes with it: read that code, then set trust_remote_code = True, or "
+                               "name a model of a family that transformers knows.")
+        if own_code:
+            trust_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except SimDiffError:
+        raise
     except Exception as error:  # what the families' own checks raise has no common kind
         raise SimDiffError(f"transformers cannot read the config of {model}: {one_line(error)}") from error
     names = config.architectures or []
-    if config.is_encoder_decoder or not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    causal = own_code or set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.is_encoder_decoder or not causal:
         raise SimDiffError(f"{model} is no decoder-only language model (its architecture is "
                            f"{', '.join(names) or config.model_type}); name a causal language model.")
     if not any(folder.glob("*.safetensors")):
@@ -114,7 +127,8 @@ def _refuse_unsuitable(folder: Path, model: str) -> None:
 
 
 def _hash_checkpoint(folder: Path) -> str:
-    return _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    code = sorted(folder.glob("*.py")) if needs_own_code(folder) else []
+    return _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors")), *code])
 
 
 def _hash_files(paths: list[Path]) -> str:

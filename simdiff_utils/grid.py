@@ -100,6 +100,9 @@ def plan_runs(asked: dict, folder: Path) -> dict[str, NotebookRun]:
     for name, values in axes.items():
         if not values:
             raise SimDiffError(f"{name} is an empty list: there is nothing to run.")
+    if len(axes["model"]) > 1 and asked.get("trust_remote_code") is True:
+        raise SimDiffError("trust_remote_code is turned on model by model, as in trust_remote_code: "
+                           f"{{{axes['model'][0]}: true, {axes['model'][1]}: false}}.")
     takes = {number: declared(folder / f"{NOTEBOOKS[number]}.ipynb") for number in _needed(wanted)}
     if ignored := set(asked) - {name for names in takes.values() for name in names}:
         raise SimDiffError(f"no notebook of this grid takes {', '.join(sorted(ignored))}: it runs "

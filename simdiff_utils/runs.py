@@ -28,7 +28,7 @@ from simdiff_utils.settings import Settings, SimDiffError, check_n_remove
 from simdiff_utils.text import Corpus, draw_blocks, load_corpus, token_blocks
 
 _HASHES = "hashes.json"  # of a stage's files, written last
-_HOW_NOT_WHAT = {"result_file", "memory_gib", "export_to", "overwrite"}  # they change no number
+_HOW_NOT_WHAT = {"result_file", "memory_gib", "export_to", "overwrite", "trust_remote_code"}  # they change no number
 
 
 class RunFolder:
@@ -44,7 +44,7 @@ class RunFolder:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.started = perf_counter()
-        self.checkpoint = resolve_checkpoint(settings.model)
+        self.checkpoint = resolve_checkpoint(settings.model, settings.trust_remote_code)
         config = AutoConfig.from_pretrained(self.checkpoint.folder).get_text_config()
         self.n_layers: int = config.num_hidden_layers
         self.grid = settings.n_remove_grid

@@ -46,6 +46,7 @@ class Settings:
     seed: int = 0
     batch_size: int = 2
     memory_gib: float = 0.0
+    trust_remote_code: bool = False
     # calibration capture
     n_samples: int = 32
     seq_len: int = 256

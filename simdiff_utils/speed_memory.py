@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from simdiff_utils.own_code import trust_as_parent
 from simdiff_utils.results import peak_memory_gib, run_fresh
 from simdiff_utils.speed import Protocol, decode, fill_cache, prefill
 
@@ -46,6 +47,7 @@ def _main() -> None:
     for name in ("batch_size", "prompt_len", "n_new_tokens"):
         parser.add_argument(name, type=int)
     args = parser.parse_args()
+    trust_as_parent()
     config = AutoConfig.from_pretrained(args.checkpoint, local_files_only=True)
     with torch.device("meta"):  # brings in the model's code, so that the baseline holds it, without any weights
         AutoModelForCausalLM.from_config(config)

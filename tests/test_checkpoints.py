@@ -201,10 +201,10 @@ def test_an_empty_name_is_refused():
     assert "''" in refusal("")
 
 
-def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": {"AutoConfig": "configuration.Mine"}}))
     (tmp_path / "configuration.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(SimDiffError, match="needs code that comes with it, and this workbook runs none"):
+    with pytest.raises(SimDiffError, match="needs code that comes with it: read that code, then set trust_remote_code"):
         resolve_checkpoint(str(tmp_path))
     assert not (tmp_path / "ran").exists()
