@@ -282,48 +282,6 @@ def plot_comparison(table: pd.DataFrame, dense: float, n_blocks: int) -> Figure:
     return figure
 
 
-def plot_training(log: pd.DataFrame, dense: float, pruned: float) -> Figure:
-    """Left, the loss over the tokens seen; right, the share of the lost log-perplexity that is back.
-
-    Args:
-        log: of `recovery.Trained`.
-        dense, pruned: loss on the validation blocks of the dense and the pruned model, in nats per token.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    train, held_out = log.dropna(subset=["loss"]), log.dropna(subset=["eval_loss"])
-    left.plot(train["tokens"] / 1000, train["loss"], marker="o", ms=4, color=COLOURS["recovered"], label="training batches")
-    left.plot(held_out["tokens"] / 1000, held_out["eval_loss"], "D--", ms=7, color=COLOURS["dense"],
-              label="validation blocks, next token")
-    left.set(ylabel="loss, nats per token")
-    left.legend()
-    share = 100 * (pruned - held_out["eval_loss"]) / (pruned - dense)
-    right.plot(held_out["tokens"] / 1000, share, "P-", ms=8, color=COLOURS["recovered"])
-    right.axhline(100, color=COLOURS["dense"], lw=1.2)
-    end = held_out["tokens"].max() / 1000
-    right.text(end, 97, "dense", fontsize=9, va="top", ha="right")
-    right.axhline(0, color=COLOURS["pruned"], lw=1.2, ls="--")
-    right.text(end, 2, "pruned", fontsize=9, va="bottom", ha="right")
-    right.set(ylabel="lost log-perplexity\nrecovered, % (validation)", ylim=(min(-5, share.min() - 5), 105))
-    for axis in (left, right):
-        axis.set(xlabel="thousand tokens seen")
-    return figure
-
-
-def plot_ladder(table: pd.DataFrame) -> Figure:
-    """Test perplexity of the dense, the pruned and the healed models, each with the share recovered (see `Ladder`)."""
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.45 * len(table)))
-    colours = [COLOURS[name if name in ("dense", "pruned") else "recovered"] for name in table["rung"]]
-    bars = axis.barh(table["rung"], table["perplexity"], color=colours, height=0.65)
-    labels = [f"{row.perplexity:.1f}" + (f"   {row.share:.0%} recovered" if 2 <= row.Index else "")
-              for row in table.itertuples()]
-    axis.bar_label(bars, labels, padding=4, fontsize=10)
-    axis.set(xlabel="test perplexity")
-    axis.invert_yaxis()
-    axis.margins(x=0.3)
-    axis.grid(axis="y", visible=False)
-    return figure
-
-
 def _layer_axis(axis: Axes) -> None:
     axis.set_xlabel("layer index")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -69,6 +69,8 @@ def climb(case: str, rungs: list[str], data: Path) -> None:
              "machine": results.describe_machine(), "torch": torch.__version__}
     baselines = {name: perplexity(block_losses(run.decoder, windows, (removed,), batch_size=1)[0])
                  for name, removed in (("dense", frozenset()), ("pruned", run.removed()))}
+    held_out = {f"{name}_loss": run.losses("validation", removed).mean()
+                for name, removed in (("dense", frozenset()), ("pruned", run.removed()))}
     for name in rungs:
         rung = run.rung(*RUNGS[name])
         table = run.compare_rungs([RUNGS[name]])
@@ -79,7 +81,8 @@ def climb(case: str, rungs: list[str], data: Path) -> None:
             np.log(wikitext2 / baselines["dense"]) / np.log(baselines["pruned"] / baselines["dense"]))} | facts)
         if rung.settings.training != "none":
             log = pd.read_csv(rung.recovery() / "log.csv").dropna(subset=["eval_loss"])
-            add_rows(log.assign(case=case, rung=name), RESULTS / "recovery_curves.csv", ["case", "rung"])
+            log["tokens"] += table["n_tokens"].iloc[-1] - log["tokens"].iloc[-1]  # those that a repair before it has seen
+            add_rows(log[["step", "tokens", "eval_loss", "seconds"]].assign(**held_out, case=case, rung=name), RESULTS / "recovery_curves.csv", ["case", "rung"])
 
 
 def ask(case: str, rungs: list[str], data: Path) -> None:
