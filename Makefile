@@ -61,8 +61,7 @@ workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and
 
 test: .venv/.installed  ## run all tests: units, every notebook under nbval, and tests of those tests
 	.venv/bin/python -m simdiff_utils.assets
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not slow and not long" -n 2 --dist loadfile
-	.venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "slow and not long" --durations 5 || [[ $$? == 5 ]]  # 5: none
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not long" -n 2 --dist loadfile --durations 10
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
 	set -x; \

@@ -54,7 +54,7 @@ def test_a_models_name_is_never_a_command(inputs, tmp_path):
     said, _ = grid.start().communicate()
     assert grid.process.returncode != 0
     assert "neither a local folder" in said and "Traceback" not in said, said
-    assert {path.name for path in tmp_path.iterdir()} == {"runs"} and not grid.results()
+    assert not list(tmp_path.iterdir())
 
 
 def goes_on(grid, undisturbed, before) -> None:
