@@ -56,9 +56,11 @@ class Grid:
         environment = os.environ | {"SIMDIFF_RUNS": str(self.folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                                     "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN": SECRET}
         self.started = time.time()
-        self.process = subprocess.Popen([sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", *words, "--config", *config], cwd=ROOT,
-                                        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", *words, "--config", *config], cwd=ROOT,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            # a shell's background job, which this may be, ignores Ctrl-C, and so would all that it starts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         return self.process
 
     def finish(self, *words: str) -> str:
