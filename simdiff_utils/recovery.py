@@ -1,4 +1,4 @@
-"""Recovery by training: LoRA adapters on a pruned model, by the next token or by distillation from the dense model.
+"""Recovery by training: LoRA adapters on a pruned model, by the next token, or by it and by what the dense model says.
 
 SimDiff, Table 6 (arXiv:2604.19520) fine-tunes low-rank adapters on Alpaca; PEFT makes the adapters, the
 transformers Trainer trains them. What is ours: the recipes, the distillation loss in chunks, checkpoints from which a
@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, nll_loss
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -76,7 +76,7 @@ class Trained:
     Attributes:
         model: the pruned model with the adapters merged into its weights.
         log: one row per step and evaluation (step 0: before training): step, tokens (seen so far, padding aside),
-            loss (mean over the step's tokens, in nats: next-token, or KL divergence from the dense model), eval_loss
+            loss (mean over the step's tokens, in nats: next-token, or `distillation_loss`), eval_loss
             (next-token, whatever was trained), learning_rate, seconds (since the start, pauses between runs aside).
         n_trained: parameters trained.
     """
@@ -128,7 +128,7 @@ def train_lora(model: PreTrainedModel, tokenizer, rows: TrainingRows, recipe: Re
             where asked for, TensorBoard's curves in `curves`.
         dtype: torch.float32 or torch.bfloat16.
         seed: of the adapters' start, the order of the rows, and dropout.
-        teacher: the dense model: its next-token distribution is what the adapters learn, see `distillation_loss`.
+        teacher: the dense model: its next-token distribution is half of what the adapters learn, see `distillation_loss`.
 
     Raises:
         SimDiffError: no rows, rows beyond the model's context, a dtype that does not train, a batch that micro-batches
@@ -171,27 +171,32 @@ def train_lora(model: PreTrainedModel, tokenizer, rows: TrainingRows, recipe: Re
     return Trained(peft_model.merge_and_unload(safe_merge=True).eval(), _tabulate(trainer.state.log_history), n_trained)
 
 
-def distillation_loss(student: Decoder, teacher: Decoder, states: Tensor, wanted: Tensor) -> Tensor:
-    """KL divergence of the student's next-token distribution from the teacher's, summed over positions, in nats.
+def distillation_loss(student: Decoder, teacher: Decoder, states: Tensor, wanted: Tensor, tokens: Tensor) -> Tensor:
+    """Half the KL divergence of the student's next-token distribution from the teacher's, half the loss on the token that
+    came, summed over positions, in nats.
 
-    Hinton et al. (arXiv:1503.02531) at temperature 1, the loss that Minitron (arXiv:2407.14679) heals pruned models by.
+    The weighted objective of Hinton et al. (arXiv:1503.02531) at temperature 1 and equal weights. The divergence alone,
+    which Minitron (arXiv:2407.14679) heals by, cannot learn what the text has to teach beyond what the dense model knows.
     Logits exist for `CHUNK` positions at a time: each chunk's gradient with respect to the states is taken at once.
 
     Args:
         states: of the student as its last layer leaves them, [n, d]; gradients flow into them, not into norm or head.
         wanted: of the teacher, [n, d].
+        tokens: the ids that followed, [n].
 
     Returns:
         a scalar, at least 0.
     """
     # Each position is a sequence of its own, as in `task_lm`: together they may be more than the model has positions.
     gradient, total = torch.empty_like(states), states.new_zeros((), dtype=torch.float32)
-    for part, own, theirs in zip(gradient.split(CHUNK), states.detach().split(CHUNK), wanted.split(CHUNK), strict=True):
+    chunks = zip(*(tensor.split(CHUNK) for tensor in (gradient, states.detach(), wanted, tokens)), strict=True)
+    for part, own, theirs, following in chunks:
         with torch.no_grad():
             target = teacher.logits(theirs[:, None])[:, 0].float().log_softmax(-1)
         own = own.requires_grad_()
         found = student.logits(own[:, None])[:, 0].float().log_softmax(-1)
-        loss = kl_div(found, target.to(found.device), log_target=True, reduction="sum")
+        loss = (kl_div(found, target.to(found.device), log_target=True, reduction="sum")
+                + nll_loss(found, following.to(found.device), reduction="sum")) / 2
         part.copy_(*torch.autograd.grad(loss, own))
         total += loss.detach()
     linear = (states * gradient).sum()  # whose gradient is the one wanted, and whose value is not
@@ -209,13 +214,14 @@ class _Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        predicting = inputs["labels"][:, 1:] != -100
+        tokens = inputs["labels"][:, 1:]
+        predicting = tokens != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         states = _last_states(model, self._student.model, inputs)[:, :-1][predicting]
         with torch.no_grad():
             wanted = _last_states(self._teacher.model, self._teacher.model, inputs)[:, :-1][predicting]
         with self.accelerator.autocast():
-            loss = distillation_loss(self._student, self._teacher, states, wanted)
+            loss = distillation_loss(self._student, self._teacher, states, wanted, tokens[predicting])
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is None:
             return loss / len(states)
