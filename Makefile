@@ -71,7 +71,7 @@ test: .venv/.installed  ## run all tests: units, every notebook under nbval, and
 # What a package of the system is missing for is skipped, with the reason printed.
 test-slow: .venv/.installed  ## faults, a short soak, Slurm and a browser, on the real engine (slurm-wlm, munge, chromium)
 	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
-	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m long --durations 10 -n 2
+	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m long --durations 10 -n 2 --dist worksteal
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks
