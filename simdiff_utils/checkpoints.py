@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from simdiff_utils import assets, shapes
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
-from simdiff_utils.hub import CHECKPOINT_FILES, SECOND_COPIES, hub_sentences, read_model_name
+from simdiff_utils.hub import CHECKPOINT_FILES, CODE_FILES, SECOND_COPIES, hub_sentences, read_model_name
 from simdiff_utils.own_code import needs_own_code, trust_code
 from simdiff_utils.settings import SimDiffError, one_line
 
@@ -49,7 +49,7 @@ def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoin
         SimDiffError: it cannot be found or reached, is no decoder-only model, has no safetensors, or needs code of its own
             and is not trusted.
     """
-    folder = checkpoint_folder(model, [*CHECKPOINT_FILES, *["*.py"] * trust_remote_code])
+    folder = checkpoint_folder(model, CHECKPOINT_FILES + CODE_FILES if trust_remote_code else CHECKPOINT_FILES)
     _refuse_unsuitable(folder, model, trust_remote_code)
     kind, name = read_model_name(model)
     match kind:

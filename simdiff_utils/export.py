@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
+from simdiff_utils.hub import CODE_FILES
 from simdiff_utils.models import decoder_layers
 from simdiff_utils.own_code import needs_own_code
 from simdiff_utils.settings import SimDiffError, one_line
@@ -208,7 +209,7 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytes]:
 
 def _write_companions(source: Path, folder: Path, facts: dict) -> None:
     """Tokenizer, chat template, generation config and code of its own as they are; `pruning.json` and the model card."""
-    for pattern in (*_COMPANIONS, *["*.py"] * needs_own_code(source)):
+    for pattern in (*_COMPANIONS, *(CODE_FILES if needs_own_code(source) else ())):
         for file in source.glob(pattern):
             if file.name not in _OURS and not file.name.endswith(".index.json"):
                 (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)

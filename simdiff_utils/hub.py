@@ -11,6 +11,7 @@ from huggingface_hub import errors
 from simdiff_utils.settings import SimDiffError
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+CODE_FILES = ["*.py"]  # of a model that brings code of its own
 SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
 
 

@@ -31,11 +31,11 @@ def trust_code(folder: Path) -> None:
         SimDiffError: the code lies in another repository, which nobody was asked about, or gives no causal model.
     """
     auto_map = read_json(folder / "config.json")["auto_map"]
-    elsewhere = [reference for reference in auto_map.values() if "--" in str(reference)]
-    if elsewhere or "AutoModelForCausalLM" not in auto_map:
-        raise SimDiffError(f"{folder.name} names {elsewhere[0]}, which is code of another repository: copy it into the folder."
-                           if elsewhere else f"{folder.name} comes with code for {', '.join(auto_map)}, and with none for a "
-                                             "causal language model (AutoModelForCausalLM).")
+    if elsewhere := [reference for reference in auto_map.values() if "--" in str(reference)]:
+        raise SimDiffError(f"{folder.name} names {elsewhere[0]}, which is code of another repository: copy it into the folder.")
+    if "AutoModelForCausalLM" not in auto_map:
+        raise SimDiffError(f"{folder.name} comes with code for {', '.join(auto_map)}, and with none for a causal language "
+                           "model (AutoModelForCausalLM).")
     here = dict(trust_remote_code=True, local_files_only=True)
     config = AutoConfig.from_pretrained(folder, **here)
     AutoConfig.register(config.model_type, type(config), exist_ok=True)

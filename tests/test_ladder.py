@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from simdiff_utils.ladder import Ladder
 from simdiff_utils.settings import Settings, SimDiffError
 
-SMALL = dict(train_dtype="float32", seq_len=16, n_samples=8, n_validation=4, n_test=4, n_remove=2, criterion="tail", learning_rate=1e-2,
-             max_steps=4, max_length=16)
+SMALL = dict(seq_len=16, n_samples=8, n_validation=4, n_test=4, n_remove=2, criterion="tail", learning_rate=1e-2,
+             max_steps=4, max_length=16, train_dtype="float32")
 
 
 @pytest.fixture
