@@ -125,7 +125,9 @@ class Ladder(Run):
         recipe, s = self.recipe, self.settings
         if recipe.data != "text":
             return load_rows(recipe.data, self.tokenizer, recipe.max_length, s.seed, recipe.n_validation, s.chat_template)
-        blocks = token_blocks(self.tokenizer, self.corpus.documents["train"], recipe.max_length)
+        shared = recipe.max_length == s.seq_len  # then the calibration samples have been drawn from the same blocks
+        blocks = self.split_blocks("train") if shared else token_blocks(
+            self.tokenizer, self.corpus.documents["train"], recipe.max_length)
         n_wanted = recipe.batch_size * recipe.max_steps or len(blocks)
         return block_rows(draw_blocks(blocks, min(n_wanted, len(blocks)), s.seed), self.blocks("validation"), self.tokenizer)
 

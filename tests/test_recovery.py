@@ -20,7 +20,8 @@ from simdiff_utils.recovery import PRESETS, Recipe, distillation_loss, lora_conf
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.training_data import block_rows, hash_rows
 
-TINY = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=2, dropout=0.0, max_steps=4)
+TINY = Recipe(data="text", learning_rate=1e-2, batch_size=4, micro_batch_size=2, dropout=0.0, max_steps=4,
+              n_evaluations=4)
 
 
 def test_published_recipe_is_table_6():
@@ -32,11 +33,17 @@ def test_published_recipe_is_table_6():
 
 
 def test_recipe_keeps_the_presets_values_where_zero_is_given():
-    assert recipe_for("demo") == PRESETS["demo"]
-    changed = recipe_for("published", learning_rate=1e-3, max_steps=5, max_length=0, target_modules=())
-    assert changed == dataclasses.replace(PRESETS["published"], learning_rate=1e-3, max_steps=5)
+    assert recipe_for("published") == PRESETS["published"]
+    changed = recipe_for("published", learning_rate=1e-3, max_steps=40, max_length=0, target_modules=())
+    assert changed == dataclasses.replace(PRESETS["published"], learning_rate=1e-3, max_steps=40)
     with pytest.raises(SimDiffError, match="demo, published"):
         recipe_for("quick")
+
+
+@pytest.mark.parametrize("max_steps, wanted", [(1, 1), (8, 2), (11, 2), (196, 10)])
+def test_short_trainings_are_evaluated_at_most_every_fourth_step(max_steps, wanted):
+    assert recipe_for("demo", max_steps=max_steps) == dataclasses.replace(
+        PRESETS["demo"], max_steps=max_steps, n_evaluations=wanted)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -53,7 +60,8 @@ def train(model, tokenizer, blocks, folder, recipe=TINY, dtype=torch.float32, se
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_loss_falls_and_the_log_tells_it(make_tiny, tokenizer, pattern, tmp_path, name):
-    recipe = Recipe(data="text", learning_rate=2e-2, batch_size=8, micro_batch_size=4, dropout=0.0, max_steps=12)
+    recipe = Recipe(data="text", learning_rate=2e-2, batch_size=8, micro_batch_size=4, dropout=0.0, max_steps=12,
+                    n_evaluations=4)
     trained = train(make_tiny(name), tokenizer, pattern, tmp_path, recipe)
     model, log = trained.model, trained.log
     assert list(log.columns) == ["step", "tokens", "loss", "eval_loss", "learning_rate", "seconds"]
