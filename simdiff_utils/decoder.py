@@ -90,7 +90,8 @@ class Decoder:
         self._answer = lambda given: hidden if next(last) else given
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         measuring = hidden.is_inference() or torch.is_inference_mode_enabled()
-        with torch.inference_mode(measuring), layers_replaced(self.model, self._stubs):
+        mode = torch.inference_mode() if measuring else nullcontext()  # inference_mode(False) would end no_grad
+        with mode, layers_replaced(self.model, self._stubs):
             return self.model(input_ids=ids, use_cache=False).logits
 
     def _record(self, input_ids: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:

@@ -20,7 +20,6 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, nll_loss
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -28,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import read_json, write_json
 from simdiff_utils.models import decoder_layers, text_config
+from simdiff_utils.perplexity import ROWS
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.training_data import TrainingRows, pad_rows, pad_token_id
 
@@ -180,7 +180,8 @@ def distillation_loss(student: Decoder, teacher: Decoder, states: Tensor, wanted
 
     The weighted objective of Hinton et al. (arXiv:1503.02531) at temperature 1 and equal weights. The divergence alone,
     which Minitron (arXiv:2407.14679) heals by, cannot learn what the text has to teach beyond what the dense model knows.
-    Logits exist for `CHUNK` positions at a time: each chunk's gradient with respect to the states is taken at once.
+    Logits exist for `CHUNK` positions at a time: each chunk's gradient with respect to the states is taken at once. Where
+    q is the student's distribution and p the teacher's, that with respect to the logits is q - (p + what came) / 2.
 
     Args:
         states: of the student as its last layer leaves them, [n, d]; gradients flow into them, not into norm or head.
@@ -195,13 +196,18 @@ def distillation_loss(student: Decoder, teacher: Decoder, states: Tensor, wanted
     chunks = zip(*(tensor.split(CHUNK) for tensor in (gradient, states.detach(), wanted, tokens)), strict=True)
     for part, own, theirs, following in chunks:
         with torch.no_grad():
-            target = teacher.logits(theirs[:, None])[:, 0].float().log_softmax(-1)
+            target = teacher.logits(theirs[:, None])[:, 0]
         own = own.requires_grad_()
-        found = student.logits(own[:, None])[:, 0].float().log_softmax(-1)
-        loss = (kl_div(found, target.to(found.device), log_target=True, reduction="sum")
-                + nll_loss(found, following.to(found.device), reduction="sum")) / 2
-        part.copy_(*torch.autograd.grad(loss, own))
-        total += loss.detach()
+        found = student.logits(own[:, None])[:, 0]
+        slopes = torch.empty_like(found)  # of the loss, with respect to the logits
+        n_rows = ROWS if found.device.type == "cpu" else CHUNK
+        tensors = (slopes, found.detach(), target.to(found.device), following.to(found.device)[:, None])
+        for slope, mine, wished, came in zip(*(tensor.split(n_rows) for tensor in tensors), strict=True):
+            log_q, log_p = mine.float().log_softmax(-1), wished.float().log_softmax(-1)
+            q, p = log_q.exp(), log_p.exp()
+            total += ((p * log_p.sub_(log_q)).sum() - log_q.gather(1, came).sum()) / 2
+            slope.copy_(q.sub_(p, alpha=0.5).scatter_add_(1, came, came.new_full(came.shape, -0.5, dtype=q.dtype)))
+        part.copy_(*torch.autograd.grad(found, own, slopes))
     linear = (states * gradient).sum()  # whose gradient is the one wanted, and whose value is not
     return linear - linear.detach() + total
 
