@@ -71,6 +71,15 @@ def test_the_model_is_left_as_it_was(tiny, blocks):
     assert {name for name, _ in tiny.named_modules() if "stub" in name} == set()
 
 
+def test_logits_have_a_gradient_unless_the_caller_wants_none(llama):
+    decoder, states = Decoder(llama), torch.randn(1, 3, 32)
+    assert decoder.logits(states).requires_grad
+    with torch.no_grad():
+        assert not decoder.logits(states).requires_grad
+    with torch.inference_mode():
+        assert decoder.logits(states).is_inference()
+
+
 def test_observers_see_every_layer_run_in_order(llama, blocks):
     seen = []
     run(Decoder(llama), blocks, batch_size=5, observe=lambda i, before, after: seen.append((i, before, after)))
