@@ -27,12 +27,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import read_json, write_json
 from simdiff_utils.models import decoder_layers, text_config
-from simdiff_utils.perplexity import ROWS
+from simdiff_utils.perplexity import CHUNK, ROWS
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.training_data import TrainingRows, pad_rows, pad_token_id
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CHUNK = 256  # positions whose logits, dense and pruned, are held at once in distillation
 _COMPLETE = "complete.json"  # written last into a checkpoint: a kill while it is saved leaves none
 _IDENTITY = "training.json"  # what a folder of checkpoints belongs to
 

@@ -159,7 +159,7 @@ def _fit_linear(layer_idx: int, layer: nn.Module, through: Through, targets: lis
     strength = max(gains, key=gains.get)
     if gains[strength] <= 0:
         return row | {"note": "Left as it is: what fits one part of the text does not fit the part held out."}
-    old = [parameter.clone() for parameter in writer.module.parameters()]
+    old = [parameter.clone() for parameter in writer.module.parameters()] if before_head else []
     writer.add(_solve(sum(grams), sum(crosses), strength))
     error = nearer = 0.0
     for (_, after), target, (first, before) in zip(through(), targets, held_out, strict=True):
