@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,10 @@ from simdiff_utils.stages import Run
 from simdiff_utils.surgery import layers_merged, layers_removed
 from simdiff_utils.task_data import TaskData
 from simdiff_utils.tasks import SUITES, evaluate_tasks
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from comparison import read_ledger, write_ledger
 
 GRID = [1, 2]
 METHODS_HERE = [name for name in CRITERIA if name not in ("magnitude", "taylor")]  # those protect all 6 layers
@@ -136,6 +142,19 @@ def test_what_was_measured_is_read_even_by_later_code(run, rows, settings, monke
     monkeypatch.setattr("simdiff_utils.evaluator.block_losses", refuse)
     pd.testing.assert_frame_equal(Comparison(settings).rows(), rows)
     assert Run(settings)._folder("choices", ("seed",)).exists() is False  # ordinary stages do notice it
+
+
+def test_another_machine_goes_on_from_the_ledger(run, rows, settings, monkeypatch, tmp_path):
+    write_ledger(run, tmp_path / "ledger.jsonl")
+    monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "elsewhere"))
+    elsewhere = Comparison(settings)
+    read_ledger(elsewhere, tmp_path / "ledger.jsonl")
+
+    def refuse(*_args, **_kwargs):
+        pytest.fail("computed again")
+    monkeypatch.setattr("simdiff_utils.evaluator.block_losses", refuse)
+    monkeypatch.setattr("simdiff_utils.tasks._compute", refuse)
+    pd.testing.assert_frame_equal(elsewhere.rows(), rows)
 
 
 def test_more_windows_take_those_that_were_measured_again(run, rows, settings, monkeypatch):

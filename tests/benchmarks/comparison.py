@@ -17,7 +17,7 @@ import torch
 
 from simdiff_utils import results
 from simdiff_utils.comparison import FOLDER, ROWS, Comparison
-from simdiff_utils.files import read_json, write_json, write_whole
+from simdiff_utils.files import read_kept, write_kept, write_whole
 from simdiff_utils.settings import CRITERIA, Settings
 
 # Gemma's head of 262,144 words takes hours in float32; a processor that multiplies bfloat16 is three times as fast
@@ -33,7 +33,7 @@ def read_ledger(run: Comparison, path: Path) -> None:
     for entry in map(json.loads, path.read_text().splitlines() if path.exists() else []):
         target = results.runs_root() / entry["file"]
         if target.is_relative_to(run.folder) and not target.exists():
-            write_json(target, entry["data"])
+            write_kept(target, entry["data"])
 
 
 def write_ledger(run: Comparison, path: Path) -> None:
@@ -41,8 +41,8 @@ def write_ledger(run: Comparison, path: Path) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [line for line in lines if not json.loads(line)["file"].startswith(f"{run.folder.name}/")]
     files = sorted(file for stage in STAGES for file in (run.folder / FOLDER).glob(f"{stage}/**/*.json"))
-    lines += [json.dumps({"file": file.relative_to(results.runs_root()).as_posix(), "data": read_json(file)})
-              for file in files]
+    kept = {file.relative_to(results.runs_root()).as_posix(): read_kept(file) for file in files}
+    lines += [json.dumps({"file": name, "data": data}) for name, data in kept.items() if data]
     with write_whole(path) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
