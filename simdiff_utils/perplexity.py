@@ -1,5 +1,7 @@
 """Perplexity of a model without each of many sets of layers, on equal token blocks, and how sure it is."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from scipy import stats
@@ -10,7 +12,7 @@ from simdiff_utils.decoder import Decoder, Observer
 from simdiff_utils.settings import SimDiffError, check_removed
 
 CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
-ROWS = 8  # positions whose loss is taken at once: their logits in float32 stay in the processor's cache
+_ROWS = 8  # of them, those whose loss is taken at once by a processor: their logits in float32 stay in its cache
 
 
 @torch.inference_mode()
@@ -54,11 +56,18 @@ def _mean_losses(decoder: Decoder, states: Tensor, batch: Tensor) -> list[float]
         stop = min(start + CHUNK, n_predicted)
         for block, (hidden, tokens) in enumerate(zip(states, batch, strict=True)):
             logits = decoder.logits(hidden[None, start:stop])[0]
-            n_rows = ROWS if logits.device.type == "cpu" else CHUNK
-            following = tokens[start + 1:stop + 1].to(logits.device)
-            for rows, wanted in zip(logits.split(n_rows), following.split(n_rows), strict=True):
+            for rows, wanted in rows_in_cache(logits, tokens[start + 1:stop + 1].to(logits.device)):
                 total[block] += cross_entropy(rows.float(), wanted, reduction="sum").double().cpu()
     return (total / n_predicted).tolist()
+
+
+def rows_in_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Logits [n_positions, vocabulary] and what belongs to the same positions, a few rows at a time.
+
+    On a processor as many as its cache holds in float32, elsewhere a whole chunk: there every launch costs.
+    """
+    n_rows = _ROWS if logits.device.type == "cpu" else CHUNK
+    return zip(*(tensor.split(n_rows) for tensor in (logits, *others)), strict=True)
 
 
 def perplexity(losses: np.ndarray) -> float:

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from simdiff_utils.decoder import Decoder
 from simdiff_utils.files import read_json, write_json
 from simdiff_utils.models import decoder_layers, text_config
-from simdiff_utils.perplexity import CHUNK, ROWS
+from simdiff_utils.perplexity import CHUNK, rows_in_cache
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.training_data import TrainingRows, pad_rows, pad_token_id
 
@@ -199,9 +199,8 @@ def distillation_loss(student: Decoder, teacher: Decoder, states: Tensor, wanted
         own = own.requires_grad_()
         found = student.logits(own[:, None])[:, 0]
         slopes = torch.empty_like(found)  # of the loss, with respect to the logits
-        n_rows = ROWS if found.device.type == "cpu" else CHUNK
-        tensors = (slopes, found.detach(), target.to(found.device), following.to(found.device)[:, None])
-        for slope, mine, wished, came in zip(*(tensor.split(n_rows) for tensor in tensors), strict=True):
+        tensors = (found.detach(), target.to(found.device), following.to(found.device)[:, None], slopes)
+        for mine, wished, came, slope in rows_in_cache(*tensors):
             log_q, log_p = mine.float().log_softmax(-1), wished.float().log_softmax(-1)
             q, p = log_q.exp(), log_p.exp()
             total += ((p * log_p.sub_(log_q)).sum() - log_q.gather(1, came).sum()) / 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simdiff_utils.decoder import Decoder
-from simdiff_utils.perplexity import CHUNK, ROWS
+from simdiff_utils.perplexity import CHUNK, rows_in_cache
 from simdiff_utils.settings import SimDiffError
 from simdiff_utils.surgery import layers_removed
 
@@ -115,12 +115,11 @@ class SetsLM(HFLM):
         hidden = states[places[:, 0].to(states.device), places[:, 1].to(states.device)]  # [n_places, d]
         for start in range(0, len(places), CHUNK):
             logits = self._decoder.logits(hidden[start:start + CHUNK, None])[:, 0]  # [n_places here, vocabulary]
-            n_rows = ROWS if logits.device.type == "cpu" else CHUNK
-            for first, rows in zip(range(start, start + len(logits), n_rows), logits.split(n_rows), strict=True):
-                here = (which >= first) & (which < first + len(rows))
+            for rows, asked in rows_in_cache(logits, torch.arange(start, start + len(logits))):
+                here = (which >= asked[0]) & (which <= asked[-1])
                 tokens, owners = targets[here, 2].to(rows.device), targets[here, 3]
                 scores = rows.float().log_softmax(-1)
-                picked = (which[here] - first).to(rows.device)
+                picked = (which[here] - asked[0]).to(rows.device)
                 sums.index_add_(0, owners, scores[picked, tokens].double().cpu())
                 missed = owners[(scores.argmax(-1)[picked] != tokens).cpu()]
                 greedy[missed] = False
