@@ -10,8 +10,8 @@ from simdiff_utils.comparison import PERPLEXITY
 from simdiff_utils.plots import COLOURS, DASHES, MARKERS, NAMES, plain_log_axis
 
 _SHORT = {PERPLEXITY: "WikiText-2 test perplexity", "AVG": "zero-shot average, acc"}
-_BROKEN = 10  # times the dense perplexity, likewise in the ranking, where intervals are to be seen
 _COLLAPSED = 2000  # perplexity drawn at the edge: the order of broken models is not worth the room of the others
+_BROKEN = 10  # times the panel's lowest, likewise in the ranking, where intervals are to be seen
 
 
 def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
@@ -32,14 +32,15 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
     for (model, n_remove), panel in panels:
         axis = next(places[model])
         axis.set_visible(True)
-        shortgpt = [tuple(removed) for removed in panel.loc[panel["method"] == "cosine", "removed"]]
+        shortgpt = [(row.removed, row.value) for row in panel[panel["method"] == "cosine"].itertuples()]
         dense = rows.loc[(rows["model"] == model) & (rows["n_remove"] == 0), "value"].iloc[0]
-        edge = _BROKEN * dense if metric == PERPLEXITY else 1.0
+        edge = _BROKEN * panel["value"].min() if metric == PERPLEXITY else 1.0
         for row in panel.itertuples():
             y, colour = methods.index(row.method), COLOURS[row.method]
             low, value, high = (min(x, edge) for x in (row.low, row.value, row.high))
             axis.plot([low, high], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
-            hollow = tuple(row.removed) in shortgpt and MARKERS[row.method] not in "x+1"
+            # LaCo may remove the same layers, and has merged them into others
+            hollow = (row.removed, row.value) in shortgpt and MARKERS[row.method] not in "x+1"
             axis.plot(value, y, MARKERS[row.method], color=colour, ms=8, mfc="white" if hollow else None, clip_on=False)
         axis.axvline(dense, color=COLOURS["dense"], ls=":", lw=1.2)
         if metric == PERPLEXITY:
@@ -52,7 +53,7 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
         axis.set(yticks=range(len(methods)), yticklabels=[NAMES[method] for method in methods], ylim=(len(methods) - 0.5, -0.5))
     figure.supxlabel(f"{_SHORT.get(metric, metric)}" + (" (log scale)" if metric == PERPLEXITY else "")
                      + "; bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set"
-                     + (f"; at the right edge: above {_BROKEN} times dense" if metric == PERPLEXITY else ""), fontsize=10)
+                     + (f"; at the right edge: above {_BROKEN} times the lowest" if metric == PERPLEXITY else ""), fontsize=10)
     return figure
 
 
@@ -76,7 +77,7 @@ def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPL
                     axis.fill_between(x, [dense, *line["low"]], [dense, *line["high"]], color=COLOURS[name], alpha=0.1, lw=0)
         axis.set(title=_brief(model), xlabel="layers removed, K", ylabel=_SHORT.get(metric, metric))
         if metric == PERPLEXITY:
-            axis.set(yscale="log", ylim=(None, min(_COLLAPSED, 1.3 * here["value"].max())))
+            axis.set(yscale="log", ylim=(0.8 * dense, min(_COLLAPSED, 1.3 * here["value"].max())))
             plain_log_axis(axis.yaxis)
         else:
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -53,7 +53,9 @@ def write_rows(rows: pd.DataFrame, path: Path, command: str) -> None:
     if path.exists():
         facts = dict(json.loads(line[2:]) for line in path.read_text().splitlines() if line.startswith("# "))
         others = pd.read_csv(path, comment="#")
-    facts[model] = {"command": command, "machine": results.describe_machine(), "torch": torch.__version__}
+    machines = [*facts.get(model, {}).get("machine", "").split(" and "), results.describe_machine()]  # each did a part
+    facts[model] = {"command": command, "machine": " and ".join(dict.fromkeys(filter(None, machines))),
+                    "torch": torch.__version__}
     others = others[others["model"] != model] if len(others) else others
     table = pd.concat([others, rows], ignore_index=True)
     head = "".join(f"# {json.dumps(pair)}\n" for pair in facts.items())
