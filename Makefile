@@ -84,6 +84,7 @@ notebooks: .venv/.installed  ## run every notebook in place at its defaults: reg
 	    --ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.store_widget_state=False "$$notebook"; \
 	done
+	@.venv/bin/python .ci/shrink_pictures.py notebooks/[0-9]*.ipynb
 	@.venv/bin/python -c 'from pathlib import Path; from simdiff_utils import results; \
 	  results.publish_figures(results.runs_root(), Path("figures"))'
 
