@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
+from simdiff_utils.files import write_whole
+
 
 def shrink(png: str) -> str:
     """Both base64; the picture as it was where it is smaller so."""
@@ -26,4 +28,5 @@ for notebook in map(Path, sys.argv[1:]):
     for output in (output for cell in content.cells for output in cell.get("outputs", [])):
         if "image/png" in output.get("data", {}):
             output["data"]["image/png"] = shrink(output["data"]["image/png"])
-    nbformat.write(content, notebook)
+    with write_whole(notebook) as partial:
+        nbformat.write(content, partial)
