@@ -84,7 +84,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [batch, seq, vocabulary] of states [batch, seq, d] as the last layer leaves them.
 
-        Differentiable, except of the states that `run` yields.
+        Differentiable, except of the states that `run` yields as they are: parts cut out of them keep a graph outside of
+        inference mode.
         """
         last = iter([False] * (self.n_layers - 1) + [True])
         self._answer = lambda given: hidden if next(last) else given

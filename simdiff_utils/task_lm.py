@@ -104,6 +104,7 @@ class SetsLM(HFLM):
             groups.setdefault(tuple(whole[:-1]), []).append(n)
         return [list(tokens) for tokens in groups], list(groups.values())
 
+    @torch.inference_mode()  # a part of a pass's states is an ordinary tensor outside of it, and its logits keep a graph
     def _score(self, states: Tensor, targets: Tensor, sums: Tensor, greedy: Tensor) -> None:
         """Add to `sums`, and clear in `greedy`, what the targets (row, position, token, request) of a batch say.
 

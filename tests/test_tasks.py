@@ -113,6 +113,14 @@ def test_every_input_is_run_once_for_all_sets(llama, tokenizer, data, monkeypatc
     assert n_tokens == sorted(n_tokens, reverse=True)
 
 
+def test_no_logits_are_kept_for_a_gradient(llama, tokenizer, monkeypatch):
+    decoder, seen = Decoder(llama), []
+    logits = decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda hidden: seen.append(logits(hidden)) or seen[-1])
+    SetsLM(decoder, copy.deepcopy(tokenizer), (DENSE,)).loglikelihood(requests_of(random.Random(4)))
+    assert seen and not any(each.requires_grad for each in seen)  # else all of a task's stay until its end
+
+
 # ---- results ---------------------------------------------------------------------------------------------------
 
 
