@@ -14,12 +14,13 @@ _COLLAPSED = 2000  # perplexity drawn at the edge: the order of broken models is
 _BROKEN = 10  # times the panel's lowest, likewise in the ranking, where intervals are to be seen
 
 
-def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
-    """Every method as a point with its 95 % interval, a panel for each model and number of layers removed.
+def plot_ranking(rows: pd.DataFrame) -> Figure:
+    """Perplexity of every method as a point with its 95 % interval, a panel for each model and number of layers removed.
 
-    Methods are ordered by their mean log-perplexity (or accuracy) over the panels, best on top. Hollow: the very set that ShortGPT removes.
+    Methods are ordered by their mean log-perplexity over the panels, best on top. Hollow: the very set that ShortGPT
+    removes.
     """
-    rows = rows[rows["metric"] == metric]
+    rows = rows[rows["metric"] == PERPLEXITY]
     methods = _order(rows)
     panels = list(rows[rows["n_remove"] > 0].groupby(["model", "n_remove"], sort=False))
     n_columns = max(rows[rows["n_remove"] > 0].groupby("model")["n_remove"].nunique())
@@ -34,7 +35,7 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
         axis.set_visible(True)
         shortgpt = [(row.removed, row.value) for row in panel[panel["method"] == "cosine"].itertuples()]
         dense = rows.loc[(rows["model"] == model) & (rows["n_remove"] == 0), "value"].iloc[0]
-        edge = _BROKEN * panel["value"].min() if metric == PERPLEXITY else 1.0
+        edge = _BROKEN * panel["value"].min()
         for row in panel.itertuples():
             y, colour = methods.index(row.method), COLOURS[row.method]
             low, value, high = (min(x, edge) for x in (row.low, row.value, row.high))
@@ -43,23 +44,19 @@ def plot_ranking(rows: pd.DataFrame, metric: str = PERPLEXITY) -> Figure:
             hollow = (row.removed, row.value) in shortgpt and MARKERS[row.method] not in "x+1"
             axis.plot(value, y, MARKERS[row.method], color=colour, ms=8, mfc="white" if hollow else None, clip_on=False)
         axis.axvline(dense, color=COLOURS["dense"], ls=":", lw=1.2)
-        if metric == PERPLEXITY:
-            axis.set(xscale="log")
-            axis.set_xlim(None, min(edge, 1.2 * panel["value"].max()))
-            plain_log_axis(axis.xaxis)
-        else:
-            axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set(xscale="log")
+        axis.set_xlim(None, min(edge, 1.2 * panel["value"].max()))
+        plain_log_axis(axis.xaxis)
         axis.set_title(f"{_brief(model)}\n{n_remove} layers removed", fontsize=10)
         axis.set(yticks=range(len(methods)), yticklabels=[NAMES[method] for method in methods], ylim=(len(methods) - 0.5, -0.5))
-    figure.supxlabel(f"{_SHORT.get(metric, metric)}" + (" (log scale)" if metric == PERPLEXITY else "")
-                     + "; bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set"
-                     + (f"; at the right edge: above {_BROKEN} times the lowest" if metric == PERPLEXITY else ""), fontsize=10)
+    figure.supxlabel(f"{_SHORT[PERPLEXITY]} (log scale); bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set; "
+                     f"at the right edge: above {_BROKEN} times the lowest", fontsize=10)
     return figure
 
 
 def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPLEXITY) -> Figure:
-    """A metric over the number of layers removed, a line per method (random: the median draw), the dense model at 0; the
-    paper's Figures 1 and 5."""
+    """A metric (perplexity or "AVG") over the number of layers removed, a line per method (random: the median draw), the
+    dense model at 0, bands of 95 % about the main methods; the paper's Figures 1 and 5."""
     rows = rows[rows["metric"] == metric]
     models = list(rows["model"].unique())
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models) + 2.5, 4), squeeze=False)
@@ -67,15 +64,14 @@ def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPL
         here = rows[rows["model"] == model]
         dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
         for name in methods:
-            line = here[here["method"] == name].groupby("n_remove")[["value", "low", "high"]].median().reset_index()
-            if len(line):
-                x, y = [0, *line["n_remove"]], [dense, *line["value"]]
+            line = here[here["method"].isin([name, "dense"])].groupby("n_remove")[["value", "low", "high"]].median()
+            if len(line) > 1:
                 main = name in ("cosine", "mssd", "masd", "relative", "portfolio", "sleb")
-                axis.plot(x, y, marker=MARKERS[name], ls=DASHES[name], color=COLOURS[name], ms=7 if main else 5,
+                axis.plot(line["value"], marker=MARKERS[name], ls=DASHES[name], color=COLOURS[name], ms=7 if main else 5,
                           lw=2 if main else 1, mfc="white" if name == "cosine" else None, label=NAMES[name])
                 if main:
-                    axis.fill_between(x, [dense, *line["low"]], [dense, *line["high"]], color=COLOURS[name], alpha=0.1, lw=0)
-        axis.set(title=_brief(model), xlabel="layers removed, K", ylabel=_SHORT.get(metric, metric))
+                    axis.fill_between(line.index, line["low"], line["high"], color=COLOURS[name], alpha=0.1, lw=0)
+        axis.set(title=_brief(model), xlabel="layers removed, K", ylabel=_SHORT[metric])
         if metric == PERPLEXITY:
             axis.set(yscale="log", ylim=(0.8 * dense, min(_COLLAPSED, 1.3 * here["value"].max())))
             plain_log_axis(axis.yaxis)
@@ -134,9 +130,8 @@ def plot_disagreement(rows: pd.DataFrame) -> Figure:
 
 
 def _order(rows: pd.DataFrame) -> list[str]:
-    """Methods by their mean over models and numbers of layers (of log-perplexity, or of accuracy), best first."""
-    lower_is_better = rows["metric"].iloc[0] == PERPLEXITY
-    cells = rows[rows["n_remove"] > 0].assign(cell=lambda r: np.log(r["value"]) if lower_is_better else -r["value"])
+    """Methods by their mean log-perplexity over models and numbers of layers, best first."""
+    cells = rows[rows["n_remove"] > 0].assign(cell=lambda r: np.log(r["value"]))
     cells = cells.groupby(["model", "n_remove", "method"])["cell"].median().reset_index()
     return list(cells.groupby("method", sort=False)["cell"].mean().sort_values(kind="stable").index)
 
