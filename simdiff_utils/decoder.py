@@ -90,8 +90,7 @@ class Decoder:
         last = iter([False] * (self.n_layers - 1) + [True])
         self._answer = lambda given: hidden if next(last) else given
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        measuring = hidden.is_inference() or torch.is_inference_mode_enabled()
-        mode = torch.inference_mode() if measuring else nullcontext()  # inference_mode(False) would end no_grad
+        mode = torch.inference_mode() if hidden.is_inference() else nullcontext()  # else the caller's
         with mode, layers_replaced(self.model, self._stubs):
             return self.model(input_ids=ids, use_cache=False).logits
 

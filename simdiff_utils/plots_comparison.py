@@ -1,5 +1,7 @@
 """Pictures of notebook 06, all drawn from the tidy rows of `comparison`; every function returns the Figure."""
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -54,9 +56,9 @@ def plot_ranking(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_over_layers(rows: pd.DataFrame, methods: list[str], metric: str = PERPLEXITY) -> Figure:
-    """A metric (perplexity or "AVG") over the number of layers removed, a line per method (random: the median draw), the
-    dense model at 0, bands of 95 % about the main methods; the paper's Figures 1 and 5."""
+def plot_over_layers(rows: pd.DataFrame, methods: Iterable[str], metric: str = PERPLEXITY) -> Figure:
+    """A metric (perplexity or "AVG") over the number of layers removed, a line per method that has it (random: the median
+    draw), the dense model at 0, bands of 95 % about the main methods; the paper's Figures 1 and 5."""
     rows = rows[rows["metric"] == metric]
     models = list(rows["model"].unique())
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models) + 2.5, 4), squeeze=False)
