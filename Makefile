@@ -55,12 +55,12 @@ help:  ## show this list
 
 workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and show the results
 	@"$(PYTHON)" -c "$$CHECK_MACHINE" 2
-	@[[ -n "$${SIMDIFF_MODEL:-}" && -n "$${SIMDIFF_TEXT:-}" ]] || .venv/bin/python -m simdiff_utils.assets
+	@[[ -n "$${SIMDIFF_MODEL:-}" && -n "$${SIMDIFF_TEXT:-}" ]] || .venv/bin/python -m simdiff_utils assets
 	@.venv/bin/snakemake --quiet host progress rules reason --configfile notebooks/grids/smoke.yaml
-	@.venv/bin/python -m simdiff_utils.results
+	@.venv/bin/python -m simdiff_utils results
 
 test: .venv/.installed  ## run all tests: units, every notebook under nbval, and tests of those tests
-	.venv/bin/python -m simdiff_utils.assets
+	.venv/bin/python -m simdiff_utils assets
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not long" -n 2 --dist loadfile --durations 10
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \

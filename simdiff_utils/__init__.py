@@ -1,8 +1,9 @@
 """SimDiff depth pruning: the functions the notebooks call.
 
-Data flows one way: text -> capture -> criteria -> alpha -> methods -> evaluator -> surgery -> export -> repair, recovery ->
-speed, bound -> comparison -> results -> plots. One engine, `decoder`, runs layers for all of them, from memory or from disk (`weights`,
-`memory`). `stages` chains them and remembers what was computed; everything else is usable alone.
+Data flows one way: text -> capture -> criteria -> alpha -> methods -> evaluator -> surgery -> export ->
+repair, recovery -> speed, bound -> comparison -> results -> plots. One engine, `decoder`, runs layers for all
+of them, from memory or from disk (`weights`, `memory`). `stages` chains them and remembers what was computed;
+everything else is usable alone.
 """
 
 import warnings

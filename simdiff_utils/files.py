@@ -16,14 +16,24 @@ from safetensors import SafetensorError
 
 from simdiff_utils.settings import SimDiffError
 
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+_CANNOT_WRITE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 @contextlib.contextmanager
 def write_whole(target: Path, replace: bool = True) -> Iterator[Path]:
-    """Let the body make a file or a folder beside its final place; it moves to `target` only if the body succeeds.
+    """Let the body make a file or a folder beside its final place; it moves to `target` only if the body
+    succeeds.
 
-    After an error or a kill nothing new stands at `target`. Several processes may write the same target at once.
+    After an error or a kill nothing new stands at `target`. Several processes may write the same target at
+    once.
 
     Args:
         target: final place of the file or folder.
@@ -37,22 +47,31 @@ def write_whole(target: Path, replace: bool = True) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(".partial-*"):  # of a process killed on the way, more than a day ago
+        for leftover in target.parent.glob(
+            ".partial-*"
+        ):  # of a process killed on the way, more than a day ago
             with contextlib.suppress(FileNotFoundError):  # another process may just be done with its own
-                if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > 86_400:
+                if (
+                    time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+                    > 86_400
+                ):
                     shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
             partial = Path(folder) / target.name
             yield partial
             _move(partial, target, replace, Path(folder) / "older")
     except (OSError, SafetensorError) as error:
-        copying = isinstance(error, shutil.Error)  # of `copytree`: a list of all that went wrong, without an errno
+        copying = isinstance(
+            error, shutil.Error
+        )  # of `copytree`: a list of all that went wrong, without an errno
         if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE and not copying:
             raise  # of the body, and not about writing
         reason = error.args[0][0][2] if copying else getattr(error, "strerror", None) or error
-        raise SimDiffError(f"cannot write {target.name} in {target.parent} ({reason}): make room "
-                           "there, or choose a folder that can be written to (SIMDIFF_RUNS for results, "
-                           "SIMDIFF_CACHE for embedded models and text).") from error
+        raise SimDiffError(
+            f"cannot write {target.name} in {target.parent} ({reason}): make room "
+            "there, or choose a folder that can be written to (SIMDIFF_RUNS for results, "
+            "SIMDIFF_CACHE for embedded models and text)."
+        ) from error
 
 
 def _move(partial: Path, target: Path, replace: bool, older: Path) -> None:
@@ -78,8 +97,10 @@ def check_disk(folder: Path, n_bytes: int, what: str) -> None:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
-        raise SimDiffError(f"{what} takes {n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {existing}: "
-                           "make room there.")
+        raise SimDiffError(
+            f"{what} takes {n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {existing}: "
+            "make room there."
+        )
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -99,7 +120,8 @@ def write_kept(path: Path, data: dict) -> None:
 
 
 def read_kept(path: Path) -> dict | None:
-    """Data of a file written by `write_kept`; None where there is none, or it was cut off or altered: make it again."""
+    """Data of a file written by `write_kept`; None where there is none, or it was cut off or altered: make it
+    again."""
     try:
         data = read_json(path)
         found = data.pop("sha256")

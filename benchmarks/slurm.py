@@ -1,0 +1,78 @@
+"""The same grid on the local executor and on a Slurm cluster of one node, started for it: are the tables
+equal?
+
+    python -m benchmarks.slurm            (as root, with Debian's slurm-wlm and munge)
+
+2 tiny random models x 4 criteria x 4 numbers of layers, notebooks 01 to 03. Prints how many tables were
+compared (times aside) and how many differ.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from slurm_cluster import start_cluster, why_not
+from soak import Grid, make_inputs
+
+SLURM = (
+    "--workflow-profile",
+    "notebooks/grids/slurm",
+    "--slurm-status-command",
+    "squeue",
+    "--slurm-no-account",
+    "--slurm-init-seconds-before-status-checks",
+    "2",
+)
+CRITERIA, NUMBERS = ("cosine", "mssd", "masd", "relative"), (1, 2, 3, 4)
+
+
+def make_grid(
+    folder: Path, models: list[Path], text: Path, criteria: tuple[str, ...], numbers: tuple[int, ...]
+) -> Grid:
+    """A grid of 01 to 03 whose numbers are small; two models have names of their own."""
+
+    def listed(values: object) -> str:
+        return "[" + ",".join(map(str, values)) + "]"
+
+    grid = Grid(folder, models[0], text)
+    for name in ("recovery", "max_steps", "micro_batch_size", "max_length", "learning_rate"):
+        del grid.settings[name]
+    grid.settings |= {
+        "model": listed(models),
+        "criterion": listed(criteria),
+        "n_remove": listed(numbers),
+        "n_remove_grid": listed(numbers),
+    }
+    return grid
+
+
+def main() -> None:
+    if reason := why_not():
+        sys.exit(f"Skipped: {reason}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        models = []
+        for seed in (0, 1):
+            (folder / f"inputs{seed}").mkdir()
+            model, text = make_inputs(folder / f"inputs{seed}", seed)
+            models.append(model)
+        local = make_grid(folder / "local", models, text, CRITERIA, NUMBERS)
+        local.finish()
+        with start_cluster(folder / "cluster"):
+            slurm = make_grid(folder / "slurm", models, text, CRITERIA, NUMBERS)
+            slurm.finish(*SLURM)
+        mine, theirs = local.tables(), slurm.tables()
+        differ = [
+            name
+            for name in mine.keys() | theirs.keys()
+            if name not in mine or name not in theirs or not mine[name].equals(theirs[name])
+        ]
+        print(
+            f"{len(local.results())} notebook runs locally, {len(slurm.results())} on Slurm; {len(mine)} tables compared, "
+            f"{len(differ)} differ{': ' if differ else ''}{', '.join(differ)}"
+        )
+        sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    main()

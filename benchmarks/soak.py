@@ -1,0 +1,333 @@
+"""Soak: a grid of four notebooks on a tiny random model, killed at random moments until it has been killed
+often enough.
+
+    python -m benchmarks.soak [--kills 100] [--per-phase 20] [--seed 0]
+
+What is killed (SIGKILL): the kernel of a notebook, Snakemake alone, or everything at once, as when a machine
+goes down. When: in capture, in training, while a checkpoint is written, or anywhere. After each kill nothing
+half done may look done: every result file and every stage's folder has to be sound. The grid is then started
+again, and killed again, until it gets through; then its tables have to equal those of an undisturbed run
+(times apart). A result that was there before a kill, of a notebook that had ended, and was made again counts
+as redone. Writes benchmarks/results/soak.csv (a row per kill; where the file is there, the soak goes on from
+it), and the tally as faults.csv beside it.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import psutil
+from tqdm.auto import tqdm
+
+from simdiff_utils.files import read_kept
+from simdiff_utils.run import is_sound
+from tests.helpers import build_tiny, build_tokenizer
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "soak.csv"
+PHASES, VICTIMS = ("capture", "training", "checkpoint"), ("kernel", "snakemake", "everything")
+SETTINGS = dict(
+    n_samples=32,
+    seq_len=64,
+    n_validation=2,
+    n_test=2,
+    n_remove_grid="[2]",
+    criteria="[cosine,masd]",
+    n_remove=2,
+    criterion="masd",
+    recovery="[lora]",
+    max_steps=12,
+    micro_batch_size=1,
+    max_length=64,
+    learning_rate=0.01,
+    prompt="w1 w2",
+)
+SECRET = "hf_thisTokenIsASecret"  # in the environment of every run: no file may hold it
+TIMES = ("second", "time", "peak", "mem", "date", "tokens_per_s")  # columns that no two runs share
+
+
+class Grid:
+    """One run folder, and the process that fills it."""
+
+    def __init__(self, folder: Path, model: Path, text: Path, **settings: object) -> None:
+        self.folder, self.settings = folder, SETTINGS | {"model": model, "text": text} | settings
+        self.process: subprocess.Popen | None = None
+
+    def start(self, *words: str) -> subprocess.Popen:
+        """Snakemake in a session of its own, so that all it starts can be found."""
+        config = [f"{name}={value}" for name, value in self.settings.items()]
+        environment = os.environ | {
+            "SIMDIFF_RUNS": str(self.folder),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_TOKEN": SECRET,
+        }
+        self.started = time.time()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", *words, "--config", *config],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            # a shell's background job, which this may be, ignores Ctrl-C, and so would all that it starts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        return self.process
+
+    def finish(self, *words: str) -> str:
+        """Run to the end; what it said."""
+        said, _ = self.start(*words).communicate()
+        if self.process.returncode:
+            raise RuntimeError(f"the grid did not get through:\n{said}")
+        return said
+
+    # ---- what is going on
+    # -----------------------------------------------------------------------------------------
+
+    def phase(self) -> str | None:
+        """What a notebook is doing, by what lies in the run folder: one of PHASES, or None for anything
+        else."""
+        models = [path for path in self.folder.glob("*") if path.name != "batch"]
+        if any(
+            found
+            for path in models
+            for half in (".partial-*/*/.partial-*", ".partial-*/*/model")
+            for found in path.glob(half)
+        ):
+            return "checkpoint"  # being written, or written and being read again to be compared
+        if any(found for path in models for found in path.glob(".partial-*/capture-*")):
+            return "capture"
+        begun = [found for path in models for found in path.glob("training-*/*.json")]
+        if any(found.stat().st_mtime > self.started for found in begun if found.exists()):
+            return "training"
+        return None
+
+    def passed(self, phase: str) -> bool:
+        """Whether a phase of PHASES will not come any more."""
+        notebook = {"capture": "01", "training": "04", "checkpoint": "04"}[phase]
+        return any(name.split("/")[-1].startswith(notebook) for name in self.results())
+
+    def wait_for(self, phase: str | None, delay: float) -> bool:
+        """Until a phase is seen (None: at once) and `delay` seconds more; False where the grid ended before
+        that."""
+        while phase and self.process.poll() is None:
+            try:
+                if self.phase() == phase:
+                    break
+            except FileNotFoundError:
+                continue  # moved into its place while it was looked at
+            time.sleep(0.002)
+        ends = time.monotonic() + delay
+        while self.process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.01)
+        return self.process.poll() is None
+
+    def processes(self) -> list[psutil.Process]:
+        """Snakemake and all that it started."""
+        try:
+            main = psutil.Process(self.process.pid)
+            return [main, *main.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self, victim: str) -> bool:
+        """SIGKILL; False where there was no such process. Orphans of Snakemake run to their end before this
+        returns."""
+        family = self.processes()
+        kernels = [p for p in family if _is_kernel(p)]
+        chosen = {"kernel": kernels, "snakemake": family[:1], "everything": family}[victim]
+        for process in chosen:
+            _send(process, signal.SIGKILL)
+        if victim == "snakemake":
+            psutil.wait_procs(family[1:], timeout=300)
+        if victim != "kernel":
+            self.process.communicate()
+        return bool(chosen)
+
+    # ---- what is there
+    # --------------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, int]:
+        """Result file -> when it was written (ns)."""
+        return {
+            path.relative_to(self.folder).as_posix(): path.stat().st_mtime_ns
+            for path in self.folder.glob("batch/*/[0-9]*.json")
+        }
+
+    def finished(self) -> dict[str, int]:
+        """Those of `results` whose notebook is not just being run: the proof is written by its last cell,
+        before its end."""
+        words = " ".join(word for process in self.processes() for word in _command(process))
+        return {name: at for name, at in self.results().items() if name not in words}
+
+    def half_done(self) -> list[str]:
+        """What looks done and is not."""
+        stages = [
+            path
+            for path in self.folder.glob("*/*-*")
+            if path.is_dir()
+            and (path / "result.json").exists()
+            and not path.name[0].isdigit()
+            and path.parent.name != "batch"
+        ]
+        return [
+            f"{path} is no whole result"
+            for path in self.folder.glob("batch/*/[0-9]*.json")
+            if not read_kept(path)
+        ] + [f"{path} is not sound" for path in stages if not is_sound(path)]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table that the notebooks wrote, without the columns that hold times, and without 05, which
+        measures them."""
+        found = {}
+        for path in sorted(self.folder.glob("*/0[!5]*/*.csv")):
+            table = pd.read_csv(path)
+            found[path.relative_to(self.folder).as_posix()] = table[
+                [c for c in table.columns if not any(word in c for word in TIMES)]
+            ]
+        return found
+
+    def equals(self, other: "Grid") -> bool:
+        """The same tables with the same content."""
+        mine, theirs = self.tables(), other.tables()
+        return (
+            bool(mine)
+            and mine.keys() == theirs.keys()
+            and all(mine[name].equals(theirs[name]) for name in mine)
+        )
+
+
+def _is_kernel(process: psutil.Process) -> bool:
+    return "ipykernel_launcher" in _command(process)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _send(process: psutil.Process, which: int) -> None:
+    try:
+        process.send_signal(which)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def make_inputs(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A random model of 6 layers, large enough that its phases last a moment, and a text that its tokenizer
+    knows."""
+    model, text = folder / "model", folder / "rows.txt"
+    build_tiny(
+        "llama", seed, hidden_size=128, intermediate_size=512, max_position_embeddings=128
+    ).save_pretrained(model)
+    build_tokenizer().save_pretrained(model)
+    rows = [" ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(120)) for i in range(120)]
+    text.write_text("\n\n".join(rows), encoding="utf-8")
+    return model, text
+
+
+def soak(n_kills: int, per_phase: int, seed: int, folder: Path, output: Path) -> pd.DataFrame:
+    """Kill until there were enough; a row per kill, written after each grid, so that a soak that was stopped
+    goes on."""
+    model, text = make_inputs(folder)
+    undisturbed = Grid(folder / "undisturbed", model, text)
+    undisturbed.finish()
+    rows = pd.read_csv(output).to_dict("records") if output.exists() else []
+    draw, n_grids = random.Random(seed + len(rows)), 1 + max([row["grid"] for row in rows], default=0)
+    counts = Counter(row["phase"] for row in rows)
+    with tqdm(total=n_kills, initial=len(rows), desc="kills", unit="kill") as bar:
+        while len(rows) < n_kills or min(counts[phase] for phase in PHASES) < per_phase:
+            grid, killed_here, before = Grid(folder / f"grid-{n_grids}", model, text), [], []
+            while True:
+                if grid.process is None or grid.process.poll() is not None:
+                    grid.start()
+                ahead = [phase for phase in PHASES if not grid.passed(phase)]
+                enough = len(killed_here) >= 12 or (
+                    len(rows) >= n_kills and min(counts[p] for p in PHASES) >= per_phase
+                )
+                wanted = min(ahead, key=lambda p: counts[p]) if ahead and draw.random() < 0.8 else None
+                delay = draw.uniform(
+                    0, {"capture": 0.5, "training": 0.5, "checkpoint": 0.005}.get(wanted, 10)
+                )
+                if enough or not grid.wait_for(wanted, delay):
+                    said, _ = grid.process.communicate()
+                    if not grid.process.returncode:
+                        break
+                    if not killed_here or killed_here[-1]["victim"] != "kernel":
+                        raise RuntimeError(f"the grid stopped by itself:\n{said}")
+                    continue  # a second kernel was killed in the same run, which gives up then
+                seen, there = grid.phase(), grid.finished()
+                victim = draw.choice(VICTIMS)
+                if not grid.kill(victim):
+                    continue
+                rows.append(
+                    {
+                        "kill": len(rows) + 1,
+                        "grid": n_grids,
+                        "phase": seen or "other",
+                        "victim": victim,
+                        "after_seconds": round(time.time() - grid.started, 1),
+                        "half_done": len(grid.half_done()),
+                        "redone": 0,
+                        "went_on": "",
+                    }
+                )
+                counts[rows[-1]["phase"]] += 1
+                killed_here.append(rows[-1])
+                before.append(there)
+                bar.update()
+            equal = grid.equals(undisturbed)
+            final = grid.results()
+            for row, there in zip(killed_here, before, strict=True):
+                row["redone"] = sum(final[name] != at for name, at in there.items())
+                row["went_on"] = "equal" if equal else "different"
+            n_grids += 1
+            shutil.rmtree(grid.folder)
+            pd.DataFrame(rows).to_csv(output, index=False)
+    return pd.DataFrame(rows)
+
+
+def tally(log: pd.DataFrame) -> pd.DataFrame:
+    """Per phase and victim: tries, recovered (went on to equal tables with nothing half done or redone),
+    lost."""
+    whole = (log["went_on"] == "equal") & (log["half_done"] == 0) & (log["redone"] == 0)
+    table = log.assign(recovered=whole, lost=~whole).groupby(["phase", "victim"])
+    return table.agg(
+        tries=("kill", "size"), recovered=("recovered", "sum"), lost=("lost", "sum")
+    ).reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--per-phase", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        log = soak(given.kills, given.per_phase, given.seed, Path(folder), given.output)
+    table = tally(log)
+    table.to_csv(given.output.with_name("faults.csv"), index=False)
+    print(table.to_string(index=False))
+    if table["lost"].any():
+        sys.exit("Something was lost.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Notebook 01: what every layer does to the calibration samples (Eq. 2 to 4)."""

@@ -1,0 +1,84 @@
+"""The annotated paper: Eq. 2 to 9 of SimDiff (arXiv:2604.19520) as pure functions; then forms of our own.
+
+Symbols as in the paper: H is the residual stream [tokens, d], L_sim and L_diff are raw measurements of a
+layer, I_sim and I_diff their normalised forms, I the fused importance. Small importance: the layer is removed
+first.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from simdiff_utils.settings import SimDiffError
+
+
+def normalise_difference(l_diff: np.ndarray) -> np.ndarray:
+    """I_diff = sigmoid(L_diff), Eq. 5: L_diff >= 0, so I_diff lies in [0.5, 1].
+
+    In float64 the sigmoid is exactly 1 above about 36.8: a large L_diff no longer tells layers apart.
+    """
+    return 1 / (1 + np.exp(-np.asarray(l_diff, dtype=np.float64)))
+
+
+def normalise_similarity(l_sim: np.ndarray) -> np.ndarray:
+    """I_sim = L_sim / 2, Eq. 6, in [0, 1]."""
+    return np.asarray(l_sim, dtype=np.float64) / 2
+
+
+def fuse(i_sim: np.ndarray, i_diff: np.ndarray, alpha: float) -> np.ndarray:
+    """I = alpha * I_diff + (1 - alpha) * I_sim, Eq. 7: one importance per layer, float64 [n_layers]."""
+    if not 0 <= alpha <= 1:
+        raise SimDiffError(f"alpha must lie in [0, 1], got {alpha}.")
+    return alpha * np.asarray(i_diff, dtype=np.float64) + (1 - alpha) * np.asarray(i_sim, dtype=np.float64)
+
+
+def choose_removed(importance: np.ndarray, n_remove: int) -> frozenset[int]:
+    """The n_remove layers of smallest importance, Eq. 8 and 9 (Algorithm 2); ties go to the earlier layer."""
+    order = np.argsort(importance, kind="stable")
+    return frozenset(int(layer_idx) for layer_idx in order[:n_remove])
+
+
+def count_saturated(l_diff: np.ndarray, dtype: torch.dtype = torch.float64) -> int:
+    """How many I_diff are exactly 1 in a dtype: where all are, SimDiff ranks by cosine distance alone.
+
+    This package computes Eq. 5 in float64, where that begins at about 36.8; in float32 it begins at about
+    16.6, in bfloat16 at about 6.2.
+    """
+    l_diff = torch.as_tensor(np.array(l_diff, dtype=np.float64)).to(dtype)
+    return int((torch.sigmoid(l_diff) == 1).sum())
+
+
+# ---- forms: which measurements are fused, and how each is normalised
+# ------------------------------------------------
+PUBLISHED_FORMS = ("mssd", "masd")
+FORMS = (*PUBLISHED_FORMS, "log-mssd", "relative")  # the last two are ours: nothing in them saturates
+
+
+def normalise(table: Mapping[str, np.ndarray], form: str) -> tuple[np.ndarray, np.ndarray]:
+    """I_sim and I_diff of a form of SimDiff, float64 [n_layers] each: the two ends, alpha 0 and 1, of a
+    layer's line.
+
+    `mssd`, `masd`: as published (Eq. 5, 6). `log-mssd`: the logarithm of MSSD, then both measurements
+    stretched to [0, 1] over the layers. `relative`: the same with the relative update in place of log MSSD.
+    Stretching changes no set that some alpha chooses (ranks depend on alpha up to a change of its scale); it
+    makes alpha readable.
+
+    Args:
+        table: layer statistics by column, as `LayerStatistics.table` gives them.
+    """
+    cosine_distance = np.asarray(table["cosine_distance"], dtype=np.float64)
+    if form in PUBLISHED_FORMS:
+        return normalise_similarity(cosine_distance), normalise_difference(table[form])
+    if form not in FORMS:
+        raise SimDiffError(f"there is no form {form!r} of SimDiff: it must be one of {', '.join(FORMS)}.")
+    if form == "relative":
+        return _stretch(cosine_distance), _stretch(np.asarray(table["relative_update"], dtype=np.float64))
+    mssd = np.asarray(table["mssd"], dtype=np.float64)
+    return _stretch(cosine_distance), _stretch(np.log(np.maximum(mssd, np.finfo(np.float64).tiny)))
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Min-max over the layers: [0, 1]; all 0 where they do not differ."""
+    spread = values.max() - values.min()
+    return (values - values.min()) / spread if spread else np.zeros_like(values)

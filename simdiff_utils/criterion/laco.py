@@ -1,0 +1,83 @@
+"""LaCo (arXiv:2402.11187): fold layers into the one below, from the top down, while the states stay alike."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from simdiff_utils.engine.decoder import Decoder
+from simdiff_utils.engine.surgery import Merge, layers_merged
+from simdiff_utils.settings import SimDiffError
+
+N_LACO = 4  # samples on which LaCo compares states
+LACO_SPAN, LACO_INTERVAL = 3, 2  # layers folded into one by a merge; layers walked down after it
+LACO_THRESHOLDS = tuple(
+    round(0.95 - 0.05 * i, 2) for i in range(20)
+)  # 0.95 to 0: the highest that reaches K is taken
+_BELOW_ALL = -2.0  # no cosine is as low
+
+
+# ---- LaCo
+# ------------------------------------------------------------------------------------------------------------
+def merge_layers(
+    decoder: Decoder, blocks: Tensor, n_remove: int, span: int = LACO_SPAN, interval: int = LACO_INTERVAL
+) -> tuple[tuple[Merge, ...], int]:
+    """LaCo's walk (arXiv:2402.11187, its paper's rule): fold layers into the one below, from the top down.
+
+    Layer l becomes l + sum over k = 1..C of (theta_{l+k} - theta_l) and l+1 .. l+C go, if the states after
+    the last layer (before the final norm) keep a mean cosine above T with the dense ones; then the walk goes
+    down by the interval, else by one. The paper sets T by hand; here it is the highest of `LACO_THRESHOLDS`
+    at which the walk takes out n_remove layers (below all of them, every merge is accepted and the interval
+    ends at layer 0: n_remove layers always go).
+
+    Args:
+        blocks: token ids [n_samples, seq_len].
+        span: C; the last merge takes what is still missing.
+
+    Returns:
+        the merges in their order, and how many models were compared.
+
+    Raises:
+        SimDiffError: the model is streamed, its layers are not built alike, or states are not finite.
+    """
+    if decoder.streamed:
+        raise SimDiffError("laco changes weights and needs the model in memory: raise memory_gib.")
+    dense = _last_states(decoder, blocks, ())
+    similarities: dict[tuple[Merge, ...], float] = {}
+
+    def similarity(merges: tuple[Merge, ...]) -> float:
+        if merges not in similarities:
+            similarities[merges] = (
+                cosine_similarity(_last_states(decoder, blocks, merges), dense, dim=-1).mean().item()
+            )
+            if not np.isfinite(similarities[merges]):
+                raise SimDiffError(
+                    f"laco compares hidden states that are not finite in {decoder.model.dtype}; "
+                    'run with dtype="float32".'
+                )
+        return similarities[merges]
+
+    for threshold in (*LACO_THRESHOLDS, _BELOW_ALL):
+        kept, merges, left = list(range(decoder.n_layers)), (), n_remove
+        place = len(kept) - 1 - min(span, left)
+        while place >= 0 and left:
+            size = min(span, left, len(kept) - 1 - place)
+            tried = (*merges, (kept[place], tuple(kept[place + 1 : place + 1 + size])))
+            accepted = similarity(tried) > threshold
+            if accepted:
+                merges, left = tried, left - size
+                del kept[place + 1 : place + 1 + size]
+            place = min(place - (interval if accepted else 1), len(kept) - 1 - min(span, left))
+            place = max(place, 0) if threshold == _BELOW_ALL else place
+        if not left:
+            break
+    return merges, len(similarities) + 1
+
+
+def _last_states(decoder: Decoder, blocks: Tensor, merges: tuple[Merge, ...]) -> Tensor:
+    """States after the last layer, [tokens, d], of the model with some layers merged."""
+    removed = frozenset(layer_idx for _, gone in merges for layer_idx in gone)
+    with layers_merged(decoder.model, merges):
+        return torch.cat(
+            [states.float().flatten(0, 1) for _, _, states in decoder.run(blocks, 1, (removed,))]
+        )

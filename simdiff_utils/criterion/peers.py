@@ -1,0 +1,132 @@
+"""The peers' scores of layers, each from its paper's formula; small score: the layer is removed first.
+
+What needs only the one-pass statistics (ShortGPT, the angular block) or only losses of candidate sets
+(Shortened-LLM's one-shot perplexity, SLEB, windows) stands in `methods` itself. No width pruner is here: they
+remove no layers.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from simdiff_utils.engine.decoder import Decoder
+from simdiff_utils.engine.load import decoder_layers
+from simdiff_utils.settings import SimDiffError
+
+N_TAYLOR = 10  # samples of Shortened-LLM's calibration
+N_NEIGHBOURS = 25  # EntroDrop's k
+N_ENTROPY_TOKENS = 2048  # distances between all pairs are taken: 16 MB in float32
+
+
+def magnitude_scores(decoder: Decoder) -> np.ndarray:
+    """Sum of the absolute weights of a layer's matrices (Shortened-LLM's Mag, arXiv:2402.02834), float64
+    [n_layers]."""
+    scores = np.zeros(decoder.n_layers)
+    for layer_idx in range(decoder.n_layers):
+        with decoder.layer(layer_idx) as layer:
+            scores[layer_idx] = sum(
+                w.detach().abs().sum(dtype=torch.float64).item() for w in _matrices(layer)
+            )
+    return scores
+
+
+def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
+    """First-order estimate of what zeroing a layer's weights does to the loss (Shortened-LLM's Taylor).
+
+    Sum over the entries w of the layer's matrices of |w * dLoss/dw|, the gradient summed over the samples
+    first.
+
+    Args:
+        decoder: in memory: the gradients of all layers are held at once.
+        blocks: token ids [n_samples, seq_len]; a forward and a backward pass each.
+
+    Returns:
+        float64 [n_layers].
+    """
+    if decoder.streamed:
+        raise SimDiffError("taylor takes gradients and needs the model in memory: raise memory_gib.")
+    model, layers = decoder.model, decoder_layers(decoder.model)
+    wanted = {id(w) for layer in layers for w in _matrices(layer)}
+    found = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    try:
+        for parameter in found:
+            parameter.grad = None  # what is there already is not of these samples
+            parameter.requires_grad_(id(parameter) in wanted)
+        for block in tqdm(blocks, desc="gradients", unit="sample", leave=False):
+            tokens = block[None].to(decoder.device)
+            with torch.enable_grad():
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+                cross_entropy(logits.float(), tokens[0, 1:].to(logits.device)).backward()
+        return np.array(
+            [
+                sum(
+                    (w.detach() * w.grad).abs().sum(dtype=torch.float64).item()
+                    for w in _matrices(layer)
+                    if w.grad is not None
+                )
+                for layer in layers
+            ]
+        )  # None: an expert that no token reached
+    finally:
+        for parameter, (asked, before) in found.items():
+            parameter.grad = before
+            parameter.requires_grad_(asked)
+
+
+def entropy_increases(decoder: Decoder, blocks: Tensor, n_neighbours: int = N_NEIGHBOURS) -> np.ndarray:
+    """Entropy of a layer's output tokens less that of its input tokens (EntroDrop, arXiv:2504.03794, per
+    layer).
+
+    By nearest neighbours, H = d * mean log r_k + constants, r_k a token's distance to its k-th neighbour
+    among all tokens: so it depends on the states' scale, and tokens that coincide (equal words before layer
+        0) have no entropy.
+
+    Args:
+        blocks: token ids [n_samples, seq_len]; as many are taken as make 2,048 tokens.
+        n_neighbours: k.
+
+    Returns:
+        float64 [n_layers], in nats.
+    """
+    blocks = blocks[: max(1, N_ENTROPY_TOKENS // blocks.shape[1]), :N_ENTROPY_TOKENS]
+    if blocks.numel() <= n_neighbours:
+        raise SimDiffError(
+            f"entrodrop looks at the {n_neighbours}-th neighbour of each token and there are "
+            f"{blocks.numel()} tokens: raise n_samples or seq_len."
+        )
+    entropies = np.zeros(decoder.n_layers + 1)
+
+    def observe(layer_idx: int, before: Tensor, after: Tensor) -> None:
+        if layer_idx == 0:
+            entropies[0] = _log_distance(before.flatten(0, 1), n_neighbours)
+        entropies[layer_idx + 1] = _log_distance(after.flatten(0, 1), n_neighbours)
+
+    for _, _, states in decoder.run(blocks, len(blocks), observe=observe, desc="entropy"):
+        return states.shape[-1] * np.diff(entropies)
+
+
+def _log_distance(states: Tensor, n_neighbours: int) -> float:
+    """Mean over the tokens of log r_k; states [tokens, d]."""
+    states = (
+        states.double()
+    )  # distances by matrix products: many times as fast, and in float64 as exact as is needed
+    distances = torch.cdist(states, states, compute_mode="use_mm_for_euclid_dist")
+    nearest = distances.topk(n_neighbours + 1, dim=1, largest=False).values[
+        :, -1
+    ]  # the first is the token itself
+    equal = nearest <= 1e-6 * states.norm(dim=1)  # what is there then is the products' rounding
+    return nearest.where(~equal, torch.finfo(torch.float32).tiny).log().mean().item()
+
+
+def _matrices(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of linear maps: everything of two or more dimensions (experts have three), no norm and no
+    bias (of which experts have a row each)."""
+    return (
+        parameter
+        for name, parameter in layer.named_parameters()
+        if parameter.dim() >= 2 and not name.endswith("bias") and "norm" not in name
+    )

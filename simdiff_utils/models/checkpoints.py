@@ -1,0 +1,180 @@
+"""Checkpoints: from the name that a user gives to a folder that plain `transformers` loads."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from simdiff_utils import assets
+from simdiff_utils.files import hash_file, read_json, write_json, write_whole
+from simdiff_utils.models import shapes
+from simdiff_utils.models.names import (
+    CHECKPOINT_FILES,
+    CODE_FILES,
+    SECOND_COPIES,
+    hub_sentences,
+    read_model_name,
+)
+from simdiff_utils.models.own_code import needs_own_code, trust_code
+from simdiff_utils.settings import SimDiffError, one_line
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that plain `transformers` loads, with what to call it.
+
+    Attributes:
+        folder: config, safetensors and tokenizer files.
+        label: the name for tables.
+        sha256: of config and weights (and of the code that comes with them, if any), so that results of other
+            weights are never taken for these.
+        hub_id: where it is on the hub; None for a local, embedded or made one.
+    """
+
+    folder: Path
+    label: str
+    sha256: str
+    hub_id: str | None = None
+
+
+def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
+    """Find the checkpoint that a user's name means.
+
+    Args:
+        model: `embedded:NAME` (see `assets.ASSETS`), `shape:NAME` (see `shapes.SHAPES`), a local Hugging Face
+            folder, a local `.gguf` file, or a hub id.
+        trust_remote_code: run the code that comes with the model, if it does.
+
+    Raises:
+        SimDiffError: it cannot be found or reached, is no decoder-only model, has no safetensors, or needs
+            code of its own and is not trusted.
+    """
+    folder = checkpoint_folder(
+        model, CHECKPOINT_FILES + CODE_FILES if trust_remote_code else CHECKPOINT_FILES
+    )
+    _refuse_unsuitable(folder, model, trust_remote_code)
+    kind, name = read_model_name(model)
+    match kind:
+        case "embedded":
+            label = assets.ASSETS[name].label
+        case "shape":
+            label = f"{name} shape (random weights)"
+        case "hub":
+            label = name
+        case _:
+            label = Path(name).resolve().name
+    return Checkpoint(folder, label, _hash_checkpoint(folder), name if kind == "hub" else None)
+
+
+def checkpoint_folder(model: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
+    """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache.
+
+    Args:
+        files: patterns of what is fetched from the hub.
+    """
+    match read_model_name(model):
+        case "shape", name:
+            return shapes.shape_folder(name)
+        case "embedded", name:
+            target = assets.locate_model(name)[0]
+            return target if target.exists() else _convert_gguf(assets.fetch(name), target)
+        case "folder", name:
+            return Path(name)
+        case "gguf", name:
+            target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([Path(name)])[:16]}"
+            return target if target.exists() else _convert_gguf(Path(name), target)
+    with hub_sentences(model):
+        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=SECOND_COPIES))
+
+
+def _convert_gguf(gguf: Path, target: Path) -> Path:
+    """Dequantise a GGUF file into a float32 checkpoint folder that appears whole or not at all."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # whatever a damaged file makes the reader stumble over
+        raise SimDiffError(
+            f"{gguf.name} cannot be read as a GGUF model by transformers: {one_line(error)}"
+        ) from error
+    # Loaded from GGUF, the model is marked as quantised and refuses to be saved, though its weights are
+    # float32.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with write_whole(target, replace=False) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
+
+
+def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
+    try:
+        own_code = needs_own_code(folder)
+        if own_code and not trust_remote_code:
+            raise SimDiffError(
+                f"{model} needs code that comes with it: read that code, then set trust_remote_code = True, or "
+                "name a model of a family that transformers knows."
+            )
+        if own_code:
+            trust_code(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except SimDiffError:
+        raise
+    except Exception as error:  # what the families' own checks raise has no common kind
+        raise SimDiffError(f"transformers cannot read the config of {model}: {one_line(error)}") from error
+    names = config.architectures or []
+    causal = own_code or set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.is_encoder_decoder or not causal:
+        raise SimDiffError(
+            f"{model} is no decoder-only language model (its architecture is "
+            f"{', '.join(names) or config.model_type}); name a causal language model."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise SimDiffError(
+            f"{model} has no .safetensors weights, and pickled ones are not read; "
+            "convert it with `save_pretrained` on a machine that trusts it."
+        )
+
+
+def _hash_checkpoint(folder: Path) -> str:
+    code = sorted(folder.glob("*.py")) if needs_own_code(folder) else []
+    return _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors")), *code])
+
+
+def _hash_files(paths: list[Path]) -> str:
+    with ThreadPoolExecutor() as pool:
+        digests = list(
+            tqdm(
+                pool.map(hash_once, paths),
+                total=len(paths),
+                desc="hashing weights",
+                unit="file",
+                delay=2,
+                leave=False,
+            )
+        )
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def hash_once(path: Path) -> str:
+    """sha256 of a file. A large one takes long: the hub's cache names it, and what was found once is kept."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
+        return stored.name
+    state = stored.stat()
+    if state.st_size < 2**26:
+        return hash_file(path)
+    name = hashlib.sha256(f"{stored} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    remembered = assets.cache_dir() / "hashes" / f"{name}.json"
+    if not remembered.exists():
+        write_json(remembered, {"sha256": hash_file(path)})
+    return read_json(remembered)["sha256"]

@@ -1,0 +1,214 @@
+"""Shapes: the real architecture of the paper's models, full size or fewer layers, with random weights.
+
+For memory and speed where the weights cannot be had. What such a model says about perplexity is worthless,
+and every result carries the words "random weights" in the model's name.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from simdiff_utils.assets import cache_dir
+from simdiff_utils.engine.load import decoder_layers, pick_device
+from simdiff_utils.engine.weights import skeleton
+from simdiff_utils.files import check_disk, write_json, write_whole
+from simdiff_utils.settings import SimDiffError
+
+# The paper's models: hub id -> model_type and the sizes its config states.
+_QWEN = dict(model_type="qwen2", vocab_size=151936, tie_word_embeddings=True)
+_LLAMA2 = dict(model_type="llama", vocab_size=32000, max_position_embeddings=4096)
+PAPER_MODELS = {
+    "Qwen/Qwen2.5-0.5B": _QWEN
+    | dict(
+        num_hidden_layers=24,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+    ),
+    "Qwen/Qwen2.5-1.5B": _QWEN
+    | dict(
+        num_hidden_layers=28,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    ),
+    "Qwen/Qwen2.5-3B": _QWEN
+    | dict(
+        num_hidden_layers=36,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+    ),
+    "meta-llama/Llama-2-7b-hf": _LLAMA2
+    | dict(
+        num_hidden_layers=32,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
+    "mistralai/Mistral-7B-v0.3": dict(
+        model_type="mistral",
+        vocab_size=32768,
+        num_hidden_layers=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "meta-llama/Llama-3.1-8B": dict(
+        model_type="llama",
+        vocab_size=128256,
+        num_hidden_layers=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "meta-llama/Llama-2-13b-hf": _LLAMA2
+    | dict(
+        num_hidden_layers=40,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+}
+SHAPES = {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+}
+
+
+def shape_folder(shape: str) -> Path:
+    """Checkpoint folder of a shape, made once in the user's cache: bfloat16, a tokenizer of bytes.
+
+    Args:
+        shape: a name of `SHAPES`; `NAME:N` has N layers instead of all.
+
+    Raises:
+        SimDiffError: there is no such shape, or the disk cannot hold it.
+    """
+    name, n_layers = _parse_shape(shape)
+    target = cache_dir() / "checkpoints" / f"shape-{name}-{n_layers}"
+    if not target.exists():
+        model = skeleton(paper_config(SHAPES[name], n_layers), torch.bfloat16)
+        check_disk(target, sum(2 * p.numel() for p in model.parameters()), f"the shape {shape}")
+        with write_whole(target, replace=False) as partial:
+            _write_random(model, partial)
+    return target
+
+
+def _parse_shape(shape: str) -> tuple[str, int]:
+    """A name of `SHAPES` and a number of layers."""
+    found = re.fullmatch(r"([^:]+)(?::(\d{1,3}))?", shape)
+    if not found or found[1] not in SHAPES:
+        raise SimDiffError(
+            f"there is no shape {shape!r}; the shapes are {', '.join(SHAPES)}, "
+            "each also with fewer layers, as in shape:llama2-13b:8."
+        )
+    sizes = PAPER_MODELS[SHAPES[found[1]]]
+    n_layers = int(found[2] or sizes["num_hidden_layers"])
+    if not 1 <= n_layers <= sizes["num_hidden_layers"]:
+        raise SimDiffError(
+            f"the shape {found[1]} has 1 to {sizes['num_hidden_layers']} layers, got {n_layers}."
+        )
+    return found[1], n_layers
+
+
+def shape_size(shape: str) -> tuple[int, int, int]:
+    """(parameters, decoder layers, parameters outside the layers) of a shape; nothing is made."""
+    name, n_layers = _parse_shape(shape)
+    model = skeleton(paper_config(SHAPES[name], n_layers))
+    inside = sum(p.numel() for p in decoder_layers(model).parameters())
+    total = sum(p.numel() for p in model.parameters())  # a tied matrix counts once
+    return total, n_layers, total - inside
+
+
+def paper_config(hub_id: str, n_layers: int = 0) -> PretrainedConfig:
+    """Config of one of `PAPER_MODELS`, with all its layers (0) or another number of them."""
+    sizes = PAPER_MODELS[hub_id]
+    return AutoConfig.for_model(**sizes | {"num_hidden_layers": n_layers or sizes["num_hidden_layers"]})
+
+
+def random_model(shape: str, dtype: torch.dtype, n_layers: int = 0) -> PreTrainedModel:
+    """A shape with random weights made where they are used (`pick_device`); nothing is written.
+
+    Args:
+        n_layers: 0: all.
+    """
+    if shape not in SHAPES:
+        raise SimDiffError(f"there is no shape {shape!r}; the shapes are {', '.join(SHAPES)}.")
+    with pick_device():
+        return AutoModelForCausalLM.from_config(paper_config(SHAPES[shape], n_layers), dtype=dtype).eval()
+
+
+def _write_random(model: PreTrainedModel, folder: Path) -> None:
+    """A shard for each layer and one for the rest; the model as a whole is never in memory."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+    layers = {id(layer) for layer in decoder_layers(model)}
+    shards = [(name, module) for name, module in model.named_modules() if id(module) in layers]
+    inside = tuple(f"{name}." for name, _ in shards)
+    rest = {
+        name: p for name, p in model.named_parameters() if not name.startswith(inside)
+    }  # a tied one comes once
+    parts = [
+        rest,
+        *({f"{prefix}.{name}": p for name, p in layer.named_parameters()} for prefix, layer in shards),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for number, parameters in enumerate(tqdm(parts, desc="random weights", unit="shard"), start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file(
+            {name: _random(name, p, generator) for name, p in parameters.items()},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+        weight_map |= dict.fromkeys(parameters, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Matrices normal with the usual standard deviation of 0.02, norms one, biases zero."""
+    if like.dim() > 1:
+        return torch.empty(like.shape, dtype=like.dtype).normal_(0, 0.02, generator=generator)
+    return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=like.dtype)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte of the text is a token, so that its ids fit every vocabulary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={"<eos>": 0} | {c: i for i, c in enumerate(alphabet, start=1)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def count_parameters(hub_id: str) -> int:
+    """Parameters of one of `PAPER_MODELS`, counted on its real architecture without memory (meta device)."""
+    model = skeleton(paper_config(hub_id))
+    return sum(p.numel() for p in model.parameters())  # a tied matrix counts once

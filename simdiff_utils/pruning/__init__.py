@@ -1,0 +1,1 @@
+"""Notebook 03: a checkpoint without the layers chosen."""

@@ -1,0 +1,212 @@
+"""The exporter: a pruned checkpoint beside its final place, tensor by tensor, with all that makes it
+usable."""
+
+import json
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from simdiff_utils.engine.decoder import Decoder
+from simdiff_utils.engine.load import decoder_layers
+from simdiff_utils.engine.surgery import keep, plan_cut
+from simdiff_utils.engine.weights import StoredTensor, StoredWeights, skeleton
+from simdiff_utils.files import check_disk, read_json, write_json, write_whole
+from simdiff_utils.pruning.card import write_companions
+from simdiff_utils.settings import SimDiffError, one_line
+
+_SHARD_BYTES = 5 * 10**9
+_MERGEKIT = """# The same cut by mergekit: mergekit-yaml mergekit.yaml OUTPUT
+slices:
+{slices}
+merge_method: passthrough
+dtype: {dtype}
+"""
+_LLAMA_QUANTIZE = """# The same cut by llama.cpp, from the unpruned model in GGUF:
+llama-quantize --prune-layers {layers} DENSE.gguf PRUNED.gguf COPY
+"""
+
+
+def export_pruned(
+    source: Path, removed: frozenset[int], target: Path, facts: dict, overwrite: bool = False
+) -> None:
+    """Copy a checkpoint without some of its layers, byte for byte, into a folder that plain `transformers`
+    loads.
+
+    The tensors go from file to file: the model is never in memory, and keeps the dtype it is stored in.
+
+    Args:
+        source: the dense checkpoint, in safetensors.
+        removed: 0-based indices in it.
+        target: the new folder; it appears whole or not at all.
+        facts: for `pruning.json` and the model card, see `_write_card`.
+        overwrite: replace what is at `target`.
+
+    Raises:
+        SimDiffError: `target` exists, the disk cannot hold it, or the family cannot lose these layers.
+    """
+    refuse_existing(target, overwrite)
+    model = skeleton(AutoConfig.from_pretrained(source))
+    n_layers = len(decoder_layers(model))
+    kept = keep(removed, n_layers)
+    config = plan_cut(model, removed)[0] if removed else model.config
+    stored = StoredWeights(source, model)
+    shards = _plan_shards(stored, kept, _tied_copies(model, stored))
+    check_disk(
+        target,
+        sum(tensor.n_bytes for shard in shards for tensor in shard.values()),
+        f"the checkpoint {target.name}",
+    )
+    with write_whole(target) as partial:
+        partial.mkdir()
+        config.save_pretrained(partial)
+        _write_shards(shards, partial)
+        facts = facts | {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
+        write_companions(source, partial, facts)
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+        (partial / "mergekit.yaml").write_text(
+            _MERGEKIT.format(dtype=dtype, slices="\n".join(_slices(kept, facts["source"]))), encoding="utf-8"
+        )
+        (partial / "llama_quantize.txt").write_text(
+            _LLAMA_QUANTIZE.format(layers=",".join(map(str, sorted(removed)))), encoding="utf-8"
+        )
+
+
+def export_recovered(model: PreTrainedModel, pruned: Path, target: Path, measured: dict) -> None:
+    """Write a pruned model whose weights were changed since; what goes with it comes from the checkpoint it
+    was.
+
+    Args:
+        measured: {words: value} for `pruning.json` and the model card, after those of an earlier recovery.
+    """
+    facts = read_json(pruned / "pruning.json")
+    model.save_pretrained(target)
+    write_companions(pruned, target, facts | {"recovery": facts.get("recovery", {}) | measured})
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless asked to."""
+    if target.exists() and not overwrite:
+        raise SimDiffError(
+            f"{target.name} exists already in {target.parent.name or target.parent}: name another "
+            "folder, or set overwrite to true."
+        )
+
+
+@torch.inference_mode()
+def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, tokens: Tensor) -> float:
+    """Largest difference between the logits of an exported checkpoint and of the dense model without these
+    layers.
+
+    Args:
+        exported: the checkpoint, opened again; where it fits in memory its own plain forward is asked.
+        tokens: ids [1, seq_len] to run both on.
+
+    Raises:
+        SimDiffError: the logits differ, or transformers cannot run what is left.
+    """
+    expected = next(dense.logits(states) for _, _, states in dense.run(tokens, 1, (removed,)))
+    try:
+        if exported.streamed:
+            logits = next(exported.logits(states) for _, _, states in exported.run(tokens, 1))
+        else:
+            logits = exported.model(input_ids=tokens.to(exported.model.device), use_cache=False).logits
+    except (ValueError, RuntimeError, IndexError, KeyError) as error:
+        raise SimDiffError(
+            f"{type(dense.model).__name__} does not run without layers {sorted(removed)}: {one_line(error)}"
+        ) from error
+    difference = (logits - expected.to(logits.device)).abs().max().item()
+    if not difference <= 1e-4 * expected.abs().max().item():
+        raise SimDiffError(
+            f"the exported checkpoint gives other logits than the model it comes from (largest "
+            f"difference {difference:.2g}): {type(dense.model).__name__} cannot lose layers "
+            f"{sorted(removed)}."
+        )
+    return difference
+
+
+def _tied_copies(model: PreTrainedModel, stored: StoredWeights) -> set[str]:
+    """Tensors that a file holds a second time although the config ties them: the same bytes under both
+    names."""
+    copies = set()
+    for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
+        if target in stored.rest and origin in stored.rest:
+            pieces = zip(_pieces(stored.tensors[target]), _pieces(stored.tensors[origin]), strict=False)
+            if all(one == other for one, other in pieces):  # else transformers does not tie them either
+                copies.add(target)
+    return copies
+
+
+def _plan_shards(stored: StoredWeights, kept: list[int], left_out: set[str]) -> list[dict[str, StoredTensor]]:
+    """What each new file holds, by new name: at most 5 GB a file, in the order of the old ones."""
+    new_idx = {old: new for new, old in enumerate(kept)}
+    wanted = {*stored.rest, *(name for layer_idx in kept for name in stored.layers[layer_idx])} - left_out
+    shards, room = [], -inf
+    for name, tensor in stored.tensors.items():
+        if name in wanted:
+            room -= tensor.n_bytes
+            if room < 0:
+                shards.append({})
+                room = _SHARD_BYTES - tensor.n_bytes
+            shards[-1][stored.rename(name, new_idx)] = tensor
+    return shards
+
+
+def _write_shards(shards: list[dict[str, StoredTensor]], folder: Path) -> None:
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
+    for file, shard in zip(names, shards, strict=True):
+        _copy_tensors(shard, folder / file)
+    if len(shards) > 1:
+        total = sum(tensor.n_bytes for shard in shards for tensor in shard.values())
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+
+
+def _copy_tensors(shard: dict[str, StoredTensor], file: Path) -> None:
+    """A safetensors file of tensors that lie in others: a header (length, JSON padded to 8 bytes), then their
+    bytes."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in shard.items():
+        end = offset + tensor.n_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in shard.values():
+            for piece in _pieces(tensor):
+                out.write(piece)
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[bytes]:
+    """A tensor's bytes, 16 MB at a time."""
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.start)
+        left = tensor.n_bytes
+        while left:
+            piece = source.read(min(left, 1 << 24))
+            if not piece:
+                raise SimDiffError(f"{tensor.file.name} ended while it was copied; fetch it again.")
+            yield piece
+            left -= len(piece)
+
+
+def _slices(kept: list[int], model: str) -> list[str]:
+    """One mergekit source for each run of neighbouring layers; its end is exclusive."""
+    starts = [i for i in kept if i - 1 not in kept]
+    ends = [i + 1 for i in kept if i + 1 not in kept]
+    return [
+        f"  - sources:\n      - model: {json.dumps(model)}\n        layer_range: [{start}, {end}]"
+        for start, end in zip(starts, ends, strict=True)
+    ]

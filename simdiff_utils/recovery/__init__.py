@@ -1,0 +1,1 @@
+"""Notebook 04: healing a pruned model, by arithmetic at the cut or by training."""

@@ -1,0 +1,70 @@
+"""Distillation: half the divergence from the dense model, half the token that came, in chunks of
+positions."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simdiff_utils.engine.decoder import Decoder
+from simdiff_utils.engine.load import decoder_layers
+from simdiff_utils.engine.perplexity import CHUNK, rows_in_cache
+
+
+def distillation_loss(
+    student: Decoder, teacher: Decoder, states: Tensor, wanted: Tensor, tokens: Tensor
+) -> Tensor:
+    """Half the KL divergence of the student's next-token distribution from the teacher's, half the loss on
+    the token that came, summed over positions, in nats.
+
+    The weighted objective of Hinton et al. (arXiv:1503.02531) at temperature 1 and equal weights. The
+    divergence alone, which Minitron (arXiv:2407.14679) heals by, cannot learn what the text has to teach
+    beyond what the dense model knows. Logits exist for `CHUNK` positions at a time: each chunk's gradient
+    with respect to the states is taken at once. Where q is the student's distribution and p the teacher's,
+    that with respect to the logits is q - (p + what came) / 2.
+
+    Args:
+        states: of the student as its last layer leaves them, [n, d]; gradients flow into them, not into norm
+            or head.
+        wanted: of the teacher, [n, d].
+        tokens: the ids that followed, [n].
+
+    Returns:
+        a scalar, at least 0.
+    """
+    # Each position is a sequence of its own, as in `task_lm`: together they may be more than the model has
+    # positions.
+    gradient, total = torch.empty_like(states), states.new_zeros((), dtype=torch.float32)
+    chunks = zip(
+        *(tensor.split(CHUNK) for tensor in (gradient, states.detach(), wanted, tokens)), strict=True
+    )
+    for part, own, theirs, following in chunks:
+        with torch.no_grad():
+            target = teacher.logits(theirs[:, None])[:, 0]
+        own = own.requires_grad_()
+        found = student.logits(own[:, None])[:, 0]
+        slopes = torch.empty_like(found)  # of the loss, with respect to the logits
+        tensors = (found.detach(), target.to(found.device), following.to(found.device)[:, None], slopes)
+        for mine, wished, came, slope in rows_in_cache(*tensors):
+            log_q, log_p = mine.float().log_softmax(-1), wished.float().log_softmax(-1)
+            q, p = log_q.exp(), log_p.exp()
+            total += ((p * log_p.sub_(log_q)).sum() - log_q.gather(1, came).sum()) / 2
+            slope.copy_(
+                q.sub_(p, alpha=0.5).scatter_add_(1, came, came.new_full(came.shape, -0.5, dtype=q.dtype))
+            )
+        part.copy_(*torch.autograd.grad(found, own, slopes))
+    linear = (states * gradient).sum()  # whose gradient is the one wanted, and whose value is not
+    return linear - linear.detach() + total
+
+
+def last_states(model: nn.Module, inner: PreTrainedModel, inputs: dict) -> Tensor:
+    """States [batch, seq, d] as the last decoder layer leaves them; the logits of a single position are all
+    it costs."""
+    caught = []
+    hook = decoder_layers(inner)[-1].register_forward_hook(
+        lambda _module, _args, output: caught.append(output)
+    )
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return caught[0][0] if isinstance(caught[0], tuple) else caught[0]

@@ -1,0 +1,184 @@
+"""The bound: bytes and operations of a pass, counted on the modules, and the time that they take at this
+machine's rates.
+
+The roofline (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009): a pass takes no less time
+than reading its bytes, and no less than computing its operations.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from simdiff_utils.settings import SimDiffError
+from simdiff_utils.speed.timing import Protocol, prefill
+
+_N_TRIES = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass has to do at least.
+
+    Attributes:
+        weight_bytes: of all weights that it reads, each once.
+        kv_bytes: of the keys and values that it attends to, its own among them.
+        operations: multiplications and additions of the matrices and of attention.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    operations: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Both kinds of bytes."""
+        return self.weight_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does at its best: bytes read and operations of a matrix product, each in a second."""
+
+    bandwidth: float
+    matrix_rate: float
+    device: str
+    n_threads: int
+
+
+def parameters_read_per_token(model: PreTrainedModel) -> int:
+    """Weights one decode step of one sequence has to read.
+
+    All parameters, each once: a matrix tied to the head counts as the head. Embeddings that are not the head
+    (untied input, learned positions) count nothing: a step reads one row of them. Of a layer's experts those
+    count that a token is sent to.
+
+    Raises:
+        SimDiffError: experts, and no word in the config of how many a token is sent to.
+    """
+    return round(sum(p.numel() * _share_read(model, p, 1) for p in _parameters_read(model)))
+
+
+def _parameters_read(model: PreTrainedModel) -> list[nn.Parameter]:
+    head = model.get_output_embeddings().weight
+    rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head)}
+    return [p for p in model.parameters() if id(p) not in rows]
+
+
+def _share_read(model: PreTrainedModel, parameter: nn.Parameter, n_tokens: int) -> float:
+    """1, but of a layer's experts (one tensor in transformers) the share that even routing sends some token
+    to."""
+    if parameter.dim() < 3:
+        return 1.0
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    if not chosen:
+        raise SimDiffError(
+            f"{type(model).__name__} has experts, and its config does not say num_experts_per_tok: its "
+            "bound cannot be counted."
+        )
+    return 1 - (1 - chosen / parameter.shape[0]) ** n_tokens
+
+
+def count_pass(model: PreTrainedModel, *, batch_size: int, n_tokens: int, n_cached: int = 0) -> Work:
+    """Work of one pass over `n_tokens` new tokens of each sequence behind `n_cached` cached ones.
+
+    The head works for the last token alone. Keys and values are counted by the model's own cache: grouped
+    heads as they are stored, a sliding layer no further back than its window. Experts count as even routing
+    would call them.
+
+    Args:
+        model: on any device; on the meta device a dense model of any size takes no memory.
+
+    Raises:
+        SimDiffError: as `parameters_read_per_token`; a model without a KV cache.
+    """
+    read = _parameters_read(model)
+    n_weights = sum(p.numel() * _share_read(model, p, batch_size * n_tokens) for p in read)
+    n_head = model.get_output_embeddings().weight.numel()
+    n_multiplied = sum(p.numel() * _share_read(model, p, 1) for p in read if p.dim() > 1) - n_head
+    _, cache = prefill(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    n_heads, total = model.config.get_text_config().num_attention_heads, n_cached + n_tokens
+    kv_numbers = n_pairs_by_width = 0
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None) or total
+        kv_numbers += (layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel()) * min(
+            total, window + n_tokens - 1
+        )
+        n_pairs = sum(min(position + 1, window) for position in range(n_cached, total))
+        n_pairs_by_width += n_pairs * (layer.keys.shape[-1] + layer.values.shape[-1])
+    itemsize = model.dtype.itemsize
+    return Work(
+        weight_bytes=round(itemsize * n_weights),
+        kv_bytes=itemsize * batch_size * kv_numbers,
+        operations=round(2 * batch_size * (n_tokens * n_multiplied + n_head + n_heads * n_pairs_by_width)),
+    )
+
+
+def bound_phases(model: PreTrainedModel, protocol: Protocol) -> pd.DataFrame:
+    """Work of each phase of a protocol.
+
+    Returns:
+        one row per phase: phase, batch_size, weight_bytes, kv_bytes, operations (of one pass; of decode the
+        pass in the middle, since its work grows by the same amount from pass to pass), n_passes.
+    """
+    passes = {"prefill": (protocol.prompt_len, 0, 1)}
+    if protocol.n_new_tokens:
+        passes[protocol.decode_phase] = (
+            1,
+            protocol.prompt_len + protocol.n_new_tokens // 2,
+            protocol.n_new_tokens,
+        )
+    rows = []
+    for phase, (n_tokens, n_cached, n_passes) in passes.items():
+        work = count_pass(model, batch_size=protocol.batch_size, n_tokens=n_tokens, n_cached=n_cached)
+        rows.append(
+            dict(
+                phase=phase,
+                batch_size=protocol.batch_size,
+                weight_bytes=work.weight_bytes,
+                kv_bytes=work.kv_bytes,
+                operations=work.operations,
+                n_passes=n_passes,
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def ideal_seconds(work: Work, rates: Rates) -> float:
+    """Seconds of a pass at the machine's rates: the longer of reading and computing."""
+    return max(work.n_bytes / rates.bandwidth, work.operations / rates.matrix_rate)
+
+
+@torch.inference_mode()
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Best of several: a matrix-vector product (reads every byte once) and a square matrix product in
+    `dtype`."""
+    on_gpu = device.type == "cuda"
+    n_rows, side = (2**16, 8192) if on_gpu else (2**14, 2048)
+    vector = torch.ones(2**13, device=device)
+    matrix = torch.ones(n_rows, len(vector), device=device)  # beyond any cache
+    bandwidth = matrix.nbytes / _best_seconds(partial(torch.mv, matrix, vector), device)
+    del matrix
+    square = torch.ones(side, side, device=device, dtype=dtype)
+    return Rates(
+        bandwidth,
+        2 * side**3 / _best_seconds(partial(torch.mm, square, square), device),
+        torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        torch.get_num_threads(),
+    )
+
+
+def _best_seconds(compute: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(_N_TRIES + 1):  # the first warms up
+        started = time.perf_counter()
+        compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])

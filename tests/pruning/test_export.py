@@ -1,0 +1,416 @@
+"""Exports, reloaded by plain transformers in a fresh process, against models built by hand; many families and
+sets."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simdiff_utils.engine import surgery, weights
+from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
+from simdiff_utils.engine.load import decoder_layers, load_model
+from simdiff_utils.files import read_json
+from simdiff_utils.models.checkpoints import checkpoint_folder
+from simdiff_utils.pruning import export
+from simdiff_utils.pruning.export import export_pruned, export_recovered, verify_export
+from simdiff_utils.settings import SimDiffError
+from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
+
+FACTS = {
+    "model": "tiny",
+    "source": "org/tiny",
+    "hub_id": "org/tiny",
+    "criterion": "masd",
+    "alpha": 0.25,
+    "calibration": "4 samples of 16 tokens",
+    "text": "words",
+    "machine": "a machine",
+    "scores": [0.1] * 6,
+    "measured": {"perplexity, pruned": 12.5},
+}
+TOLERANCE = 1e-4
+
+# What a user does, without a line of ours: load, run, generate with and without the cache.
+CHILD = """
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+root, jobs = sys.argv[1], json.loads(sys.argv[2])
+blocks, found = torch.tensor(json.loads(sys.argv[3])), {}
+for job in jobs:
+    model, report = AutoModelForCausalLM.from_pretrained(f"{root}/{job}", output_loading_info=True)
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=blocks, use_cache=False).logits
+        ways = [model.generate(blocks[:2], attention_mask=torch.ones_like(blocks[:2]), max_new_tokens=12,
+                               eos_token_id=None, do_sample=False, pad_token_id=0, use_cache=cache).tolist()
+                for cache in (True, False)]
+    save_file({"logits": logits.contiguous()}, f"{root}/{job}.logits")
+    found[job] = {"report": {k: sorted(map(str, v)) for k, v in report.items()}, "ways": ways,
+                  "n_layers": model.config.get_text_config().num_hidden_layers,
+                  "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+                  "words": AutoTokenizer.from_pretrained(f"{root}/{job}")("w5 w7")["input_ids"]}
+print(json.dumps(found))
+"""
+
+
+def name_of(removed) -> str:
+    return "-".join(map(str, sorted(removed)))
+
+
+@pytest.fixture(scope="module")
+def blocks() -> torch.Tensor:
+    return torch.randint(3, 97, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def dense(make_tiny, tokenizer, tmp_path_factory) -> Path:
+    """Folder with a checkpoint of every family."""
+    root = tmp_path_factory.mktemp("dense")
+    for name in FAMILIES:
+        make_tiny(name).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(dense, blocks, tmp_path_factory) -> tuple[Path, dict]:
+    """Every family without every set, exported here, and what one fresh process says of each."""
+    root = tmp_path_factory.mktemp("pruned")
+    for name in FAMILIES:
+        for removed in SETS:
+            export_pruned(dense / name, removed, root / f"{name}_{name_of(removed)}", FACTS)
+    jobs = sorted(path.name for path in root.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, root, json.dumps(jobs), json.dumps(blocks.tolist())],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, json.loads(done.stdout.splitlines()[-1])
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("removed", SETS, ids=name_of)
+def test_a_fresh_process_reloads_the_pruned_model(make_tiny, family, removed, exported, blocks):
+    root, found = exported
+    said, model = found[f"{family}_{name_of(removed)}"], make_tiny(family)
+    assert not any(said["report"].values()), said["report"]  # nothing missing, unexpected or of another shape
+    assert said["n_layers"] == N_LAYERS - len(removed)
+    assert said["ways"][0] == said["ways"][1], "cached and uncached generation differ"
+    assert said["tied"] == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    logits = load_file(root / f"{family}_{name_of(removed)}.logits")["logits"]
+    expected = logits_of(build_by_hand(model, removed), blocks)
+    torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    with surgery.layers_removed(model, removed):
+        torch.testing.assert_close(logits, logits_of(model, blocks), rtol=TOLERANCE, atol=TOLERANCE)
+    for other in {
+        removed - {i} | {i + step}
+        for i in removed
+        for step in (-1, 1)
+        if 0 <= i + step < N_LAYERS and i + step not in removed
+    }:
+        with surgery.layers_removed(model, other):  # a neighbour removed instead would be seen
+            assert (logits_of(model, blocks) - logits).abs().max() > 100 * TOLERANCE
+
+
+def test_kept_tensors_are_equal_byte_for_byte(family, dense, exported):
+    original = stored(dense / family)
+    for removed in SETS:
+        kept = [i for i in range(N_LAYERS) if i not in removed]
+        copies = stored(exported[0] / f"{family}_{name_of(removed)}")
+        expected = {}
+        for name, tensor in original.items():
+            parts = name.split(".")
+            at = next((i + 1 for i, part in enumerate(parts) if part in ("layers", "h")), None)
+            if at is None:
+                expected[name] = tensor
+            elif int(parts[at]) in kept:
+                expected[".".join([*parts[:at], str(kept.index(int(parts[at]))), *parts[at + 1 :]])] = tensor
+        assert copies.keys() == expected.keys()
+        assert all(
+            torch.equal(copies[name], tensor) and copies[name].dtype == tensor.dtype
+            for name, tensor in expected.items()
+        )
+
+
+def test_a_tied_matrix_is_stored_once_even_if_the_original_has_it_twice(
+    make_tiny, dense, tokenizer, tmp_path
+):
+    folder = tmp_path / "twice"
+    make_tiny("llama-tied").save_pretrained(folder)
+    tensors = stored(folder)
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+    )
+    export_pruned(folder, frozenset({1}), tmp_path / "pruned", FACTS)
+    assert "lm_head.weight" not in stored(tmp_path / "pruned")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+
+
+def test_a_head_that_only_the_config_ties_is_kept(make_tiny, blocks, tmp_path):
+    """The file holds another head: transformers does not tie it, in memory, and so do we, streamed and
+    exported."""
+    make_tiny("llama-tied").save_pretrained(tmp_path / "dense")
+    tensors = stored(tmp_path / "dense")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval(), blocks)
+    decoder = stream_decoder(tmp_path / "dense", "float32")
+    assert torch.equal(next(decoder.logits(states) for _, _, states in decoder.run(blocks, 9)), expected)
+    export_pruned(tmp_path / "dense", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert torch.equal(stored(tmp_path / "pruned")["lm_head.weight"], head)
+
+
+def test_the_layers_of_another_tower_are_left_alone(dense, tmp_path):
+    """As in a vision-language checkpoint, whose vision tower has `layers` too."""
+    shutil.copytree(dense / "llama", tmp_path / "dense")
+    tower = {f"vision_tower.encoder.layers.{i}.fc.weight": torch.full((2, 2), float(i)) for i in range(9)}
+    save_file(stored(dense / "llama") | tower, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    export_pruned(tmp_path / "dense", frozenset({0, 3}), tmp_path / "pruned", FACTS)
+    copies = stored(tmp_path / "pruned")
+    assert all(torch.equal(copies[name], tensor) for name, tensor in tower.items())
+    assert sum("model.layers" in name for name in copies) == 4 * 9
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "language_model.model."])
+def test_files_may_shorten_or_lengthen_the_path_to_the_layers(prefix, dense, make_tiny, tmp_path):
+    shutil.copytree(dense / "llama", tmp_path / "dense")
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in stored(dense / "llama").items()}
+    save_file(renamed, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    found = weights.StoredWeights(tmp_path / "dense", make_tiny("llama"))
+    assert [len(names) for names in found.layers] == [9] * N_LAYERS
+    assert (
+        found.rename(f"{prefix}layers.4.mlp.up_proj.weight", {4: 2}) == f"{prefix}layers.2.mlp.up_proj.weight"
+    )
+
+
+def test_dtype_survives_and_the_single_file_wins_over_an_old_index(make_tiny, tokenizer, tmp_path):
+    make_tiny("llama").bfloat16().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    )
+    export_pruned(tmp_path / "dense", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert read_json(tmp_path / "pruned" / "config.json")["dtype"] == "bfloat16"
+    assert yaml.safe_load((tmp_path / "pruned" / "mergekit.yaml").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").dtype == torch.bfloat16
+    decoder = stream_decoder(tmp_path / "dense", "bfloat16")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert (
+        verify_export(decoder, frozenset({1}), stream_decoder(tmp_path / "pruned", "bfloat16"), tokens) == 0
+    )
+
+
+# ---- mutants: each must be seen
+# ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_an_export_that_is_off_by_one_layer_fails(name, make_tiny, dense, blocks, tmp_path, monkeypatch):
+    plan = export._plan_shards
+    monkeypatch.setattr(
+        export,
+        "_plan_shards",
+        lambda stored, kept, left_out: plan(
+            stored,
+            sorted({i for i in range(N_LAYERS) if i - 1 not in set(range(N_LAYERS)) - set(kept)}),
+            left_out,
+        ),
+    )
+    export_pruned(dense / name, frozenset({2, 3}), tmp_path / "mutant", FACTS)
+    with pytest.raises(SimDiffError, match="gives other logits"):
+        verify_export(
+            Decoder(make_tiny(name)),
+            frozenset({2, 3}),
+            open_decoder(tmp_path / "mutant", "float32"),
+            blocks[:1],
+        )
+    logits = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "mutant"), blocks)
+    expected = logits_of(build_by_hand(make_tiny(name), {2, 3}), blocks)
+    assert (logits - expected).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_an_export_that_does_not_renumber_fails(name, make_tiny, dense, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.StoredWeights, "rename", lambda self, name, new_idx: name)
+    export_pruned(dense / name, frozenset({2, 3}), tmp_path / "mutant", FACTS)
+    monkeypatch.undo()
+    with pytest.raises(SimDiffError):
+        verify_export(
+            Decoder(make_tiny(name)),
+            frozenset({2, 3}),
+            stream_decoder(tmp_path / "mutant", "float32"),
+            blocks[:1],
+        )
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "mutant", output_loading_info=True)
+    assert any(report.values())
+
+
+# ---- what lies beside the weights
+# ---------------------------------------------------------------------------------
+
+
+def test_tokenizer_and_generation_config_are_the_same_files(family, dense, exported):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (exported[0] / f"{family}_0" / name).read_bytes() == (dense / family / name).read_bytes()
+    assert exported[1]["llama_0"]["words"] == [5, 7]
+
+
+def test_the_companions_say_what_was_cut(dense, tmp_path):
+    (dense / "llama" / "chat_template.jinja").write_text("{{ messages }}")
+    export_pruned(dense / "llama", frozenset({1, 4}), tmp_path / "pruned", FACTS)
+    pruning = read_json(tmp_path / "pruned" / "pruning.json")
+    assert (pruning["removed"], pruning["kept"], pruning["n_layers"]) == ([1, 4], [0, 2, 3, 5], 6)
+    assert (pruning["criterion"], pruning["alpha"], pruning["scores"]) == ("masd", 0.25, [0.1] * 6)
+    cut = yaml.safe_load((tmp_path / "pruned" / "mergekit.yaml").read_text())
+    assert [s["sources"][0]["layer_range"] for s in cut["slices"]] == [[0, 1], [2, 4], [5, 6]]
+    assert cut["merge_method"] == "passthrough" and cut["slices"][0]["sources"][0]["model"] == "org/tiny"
+    assert "--prune-layers 1,4 " in (tmp_path / "pruned" / "llama_quantize.txt").read_text()
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    for words in (
+        "without 2 of 6 layers",
+        "layers 1, 4 taken out",
+        "| perplexity, pruned | 12.5 |",
+        "org/tiny",
+    ):
+        assert words in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/tiny"
+    assert (tmp_path / "pruned" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "pruned" / "generation_config.json").exists()
+
+
+def test_a_recovered_model_carries_the_history(dense, make_tiny, tmp_path):
+    export_pruned(dense / "llama", frozenset({1}), tmp_path / "pruned", FACTS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    export_recovered(model, tmp_path / "pruned", tmp_path / "healed", {"recovery": "LoRA, 2 steps"})
+    assert read_json(tmp_path / "healed" / "pruning.json")["removed"] == [1]
+    assert "| recovery | LoRA, 2 steps |" in (tmp_path / "healed" / "README.md").read_text()
+    assert not (tmp_path / "healed" / "mergekit.yaml").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "healed")("w9")["input_ids"] == [9]
+    assert len(decoder_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "healed"))) == 5
+
+
+def test_a_large_export_is_sharded(dense, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_SHARD_BYTES", 40_000)
+    export_pruned(dense / "llama", frozenset({0}), tmp_path / "pruned", FACTS)
+    files = sorted(tmp_path.glob("pruned/*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 45_000
+    monkeypatch.undo()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    expected = build_by_hand(AutoModelForCausalLM.from_pretrained(dense / "llama").eval(), {0})
+    assert torch.equal(logits_of(reloaded, blocks), logits_of(expected, blocks))
+    export_pruned(
+        tmp_path / "pruned", frozenset({0}), tmp_path / "again", FACTS
+    )  # a sharded source, pruned again
+    assert len(list(tmp_path.glob("again/*.safetensors"))) == 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    expected = build_by_hand(AutoModelForCausalLM.from_pretrained(dense / "llama").eval(), {0, 1})
+    assert torch.equal(logits_of(again, blocks), logits_of(expected, blocks))
+
+
+# ---- whole or not at all
+# --------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_export_leaves_nothing(dense, tmp_path, monkeypatch):
+    def interrupted(shard, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_copy_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_pruned(dense / "llama", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_replaced_only_when_asked(dense, tmp_path):
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    with pytest.raises(SimDiffError, match="mine exists already"):
+        export_pruned(dense / "llama", frozenset({1}), target, FACTS)
+    assert (target / "thesis.txt").read_text() == "years of work"
+    export_pruned(dense / "llama", frozenset({1}), target, FACTS, overwrite=True)
+    assert not (target / "thesis.txt").exists() and (target / "model.safetensors").exists()
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(SimDiffError, match=r"takes 0\.\d GB and 0\.0 GB are free"):
+        export_pruned(dense / "llama", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("removed", [{6}, {-1}, set(range(6))])
+def test_sets_that_cannot_be_removed_are_refused(dense, tmp_path, removed):
+    with pytest.raises(SimDiffError, match="layers 0 to 5"):
+        export_pruned(dense / "llama", frozenset(removed), tmp_path / "pruned", FACTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_refused(dense, tmp_path):
+    for content, words in (
+        (b"another kind of file", "is no safetensors file"),
+        ((dense / "llama" / "model.safetensors").read_bytes()[:-7], "is cut short"),
+    ):
+        folder = tmp_path / words.replace(" ", "-")
+        folder.mkdir()
+        (folder / "config.json").write_bytes((dense / "llama" / "config.json").read_bytes())
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(SimDiffError, match=words):
+            export_pruned(folder, frozenset({1}), tmp_path / "pruned", FACTS)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_verification_refuses_another_checkpoint_and_what_is_not_finite(make_tiny, dense, blocks, tmp_path):
+    export_pruned(dense / "llama", frozenset({1}), tmp_path / "pruned", FACTS)
+    decoder = Decoder(make_tiny("llama"))
+    for reloaded in (
+        open_decoder(tmp_path / "pruned", "float32"),
+        stream_decoder(tmp_path / "pruned", "float32"),
+    ):
+        assert verify_export(decoder, frozenset({1}), reloaded, blocks[:1]) <= 1e-5
+        with pytest.raises(SimDiffError, match="gives other logits"):
+            verify_export(decoder, frozenset({2}), reloaded, blocks[:1])
+    reloaded = open_decoder(tmp_path / "pruned", "float32")
+    with torch.no_grad():
+        reloaded.model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(SimDiffError):
+        verify_export(decoder, frozenset({1}), reloaded, blocks[:1])
+
+
+# ---- the real models
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, removed", [("smollm2-135m-instruct", {3, 10, 11, 28}), ("gemma-3-270m", {2, 8, 9})]
+)
+def test_the_embedded_models_are_pruned_rightly(name, removed, tmp_path):
+    folder = checkpoint_folder(f"embedded:{name}")
+    export_pruned(folder, frozenset(removed), tmp_path / "pruned", FACTS)
+    decoder = Decoder(load_model(folder, "float32"))
+    tokens = torch.tensor([[2, 818, 5279, 529, 7001, 563]])
+    reloaded = open_decoder(tmp_path / "pruned", "float32")
+    assert verify_export(decoder, frozenset(removed), reloaded, tokens) < 1e-3
+    model = reloaded.model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    ways = [
+        model.generate(
+            tokens.to(model.device), max_new_tokens=12, do_sample=False, use_cache=use_cache
+        ).tolist()
+        for use_cache in (True, False)
+    ]
+    assert ways[0] == ways[1]

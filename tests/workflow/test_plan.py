@@ -1,0 +1,203 @@
+"""Grids: which notebook runs a config asks for, what they come after, and what a later change leaves
+alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simdiff_utils.settings import Settings, SimDiffError
+from workflow.plan import ASKED, NOTEBOOKS, NotebookRun, declared, plan_runs, read_config
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+SMOLLM2, GEMMA = "embedded:smollm2-135m-instruct", "embedded:gemma-3-270m"
+
+
+def plan(**asked) -> dict[str, NotebookRun]:
+    return plan_runs(read_config(asked, {}), FOLDER)
+
+
+def short(runs) -> list[str]:
+    """Results without the hash of their settings."""
+    return sorted(name.rsplit("-", 1)[0] for name in runs)
+
+
+def test_one_model_alone_is_captured_derived_and_pruned():
+    assert short(plan()) == [f"embedded-smollm2-135m-instruct/{name}" for name in ("01", "02", "03-masd-6")]
+
+
+def test_every_axis_is_crossed_and_what_is_shared_is_there_once():
+    runs = plan(
+        model=[SMOLLM2, GEMMA],
+        seed=[0, 1],
+        criterion=["cosine", "masd"],
+        n_remove=[2, 4, 5],
+        recovery=["linear", "linear+lora"],
+        speed=True,
+        comparison=True,
+    )
+    counts = {number: sum(f"/{number}-" in name for name in runs) for number in NOTEBOOKS}
+    assert counts == {"01": 4, "02": 4, "03": 24, "04": 48, "05": 24, "06": 4}
+    healed = [run for name, run in runs.items() if "/04-masd-4-linear-lora-" in name]
+    assert len(healed) == 4
+    assert {(run.settings["repair"], run.settings["training"]) for run in healed} == {("linear", "lora")}
+    assert {(run.settings["model"], run.settings["seed"]) for run in healed} == {
+        (m, s) for m in (SMOLLM2, GEMMA) for s in (0, 1)
+    }
+
+
+def test_a_run_comes_after_those_whose_stages_it_reads():
+    runs = plan(n_remove=[2, 4], recovery=True, speed=True, comparison=True)
+    for name, run in runs.items():
+        number = name.split("/")[1][:2]
+        before = {earlier.split("/")[1][:2] for earlier in run.after}
+        assert (
+            before
+            == {"01": set(), "02": {"01"}, "03": {"01", "02"}, "04": {"03"}, "05": {"03"}, "06": set()}[
+                number
+            ]
+        )
+        assert all(earlier in runs for earlier in run.after)
+        if number in ("04", "05"):
+            (pruned,) = run.after
+            assert runs[pruned].settings["n_remove"] == run.settings["n_remove"]
+
+
+def test_a_number_of_layers_that_is_added_leaves_the_others_alone():
+    before, after = (
+        plan(n_remove=n, criterion=["cosine", "masd"], recovery=True, speed=True) for n in ([2, 4], [2, 4, 7])
+    )
+    kept = before.keys() & after.keys()
+    assert sorted(name.split("/")[1][:2] for name in before.keys() - kept) == [
+        "02"
+    ]  # which chooses for all numbers at once
+    assert sorted(name.split("/")[1][:2] for name in after.keys() - kept) == [
+        "02",
+        "03",
+        "03",
+        "04",
+        "04",
+        "05",
+        "05",
+    ]
+    (chosen,) = [run for name, run in after.items() if "/02-" in name]
+    assert {2, 4, 7} <= set(chosen.settings["n_remove_grid"])
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (dict(n_pairs=2), {"05"}),
+        (dict(max_steps=3), {"04"}),
+        (dict(n_test=3), {"03", "04"}),
+        (dict(seq_len=64), set(NOTEBOOKS)),
+        (dict(n_windows=4), {"06"}),
+        (dict(n_validation=9), {"02", "03", "04", "05", "06"}),
+    ],
+)
+def test_a_setting_that_is_changed_reruns_what_reads_it(change, again):
+    asked = dict(recovery=True, speed=True, comparison=True)
+    before, after = plan(**asked), plan(**asked, **change)
+    assert {name.split("/")[1][:2] for name in after.keys() - before.keys()} == again
+
+
+def test_a_file_of_ones_own_counts_with_its_state(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("one")
+    first = set(plan(text=str(text)))
+    assert set(plan(text=str(text))) == first
+    text.write_text("two words")
+    assert not first & set(plan(text=str(text)))
+    assert all(run.settings["text"] == str(text) for run in plan(text=str(text)).values())
+
+
+def test_a_setting_may_differ_from_model_to_model():
+    runs = plan(
+        model=[SMOLLM2, GEMMA], pruning=False, comparison=True, n_remove_grid={SMOLLM2: [3], GEMMA: [2, 4]}
+    )
+    assert {run.settings["model"]: run.settings["n_remove_grid"] for run in runs.values()} == {
+        SMOLLM2: [3],
+        GEMMA: [2, 4],
+    }
+    assert all(run.settings["measure"] is True for run in runs.values())
+
+
+def test_words_become_what_the_setting_wants():
+    asked = read_config(
+        {"n_remove": ["3", 4], "alpha": "0.5", "exact": "true", "text": "1"},
+        {"SIMDIFF_K": "7", "SIMDIFF_DTYPE": "", "HOME": "x"},
+    )
+    assert asked == {"n_remove": 7, "alpha": 0.5, "exact": True, "text": "1"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (dict(n_sampels=3), "unknown config key n_sampels"),
+        (dict(n_samples="many"), "n_samples must be a whole number"),
+        (dict(criterion=["cosine", "masq"]), "criterion must be one of"),
+        (dict(n_remove=[]), "n_remove is an empty list"),
+        (dict(pruning=False), "nothing is asked for"),
+        (dict(gpu_gib="many"), "gpu_gib has to be the memory of one GPU in GiB"),
+        (dict(speed="perhaps"), "speed has to be true or false; got 'perhaps'"),
+        (dict(recovery=["lora", "magic"]), "there is no rung 'magic'"),
+        (dict(recovery=["lora+distillation+none"]), "there is no rung"),
+        (dict(n_pairs=3), "no notebook of this grid takes n_pairs"),
+        (
+            dict(model=[SMOLLM2, GEMMA], n_test={SMOLLM2: 3}),
+            "n_test is given per model and names no embedded:gemma-3-270m",
+        ),
+    ],
+)
+def test_a_bad_config_is_one_sentence(asked, sentence):
+    with pytest.raises(SimDiffError, match=sentence) as caught:
+        plan(**asked)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model", ["a model; rm -rf $(HOME)", "../../../no/such", 'it\'s "quoted"/`id`', "日本語", "-rf"]
+)
+def test_a_models_name_is_data_never_a_path(model):
+    for name, run in plan(model=model).items():
+        folder, file = name.split("/")
+        assert (
+            set(folder) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+            and folder
+            and not folder.startswith("-")
+        )
+        assert file.endswith(".json") and run.settings["model"] == model
+
+
+@pytest.mark.parametrize("number", NOTEBOOKS)
+def test_parameters_are_read_from_the_notebook_itself(number):
+    names = declared(FOLDER / f"{NOTEBOOKS[number]}.ipynb")
+    assert {"model", "text", "seed", "result_file"} <= set(names) <= set(vars(Settings()))
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("n_samples: str = '8'", "takes n_samples as str, and the setting is int"),
+        ("colour: str = ''", "which is no setting"),
+    ],
+)
+def test_a_notebook_with_another_parameter_is_refused(tmp_path, written, sentence):
+    for name in NOTEBOOKS.values():
+        shutil.copy(FOLDER / f"{name}.ipynb", tmp_path)
+    path = tmp_path / "01_calibration_capture.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    (cell,) = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    cell["source"] = written
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    with pytest.raises(SimDiffError, match=sentence):
+        plan_runs({}, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_committed_grids_are_valid(path):
+    grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    runs = plan_runs(read_config(grid, {}), FOLDER)
+    assert any(grid.get(key) for key in ASKED) and runs

@@ -1,0 +1,1 @@
+"""Batch runs: the notebooks as a graph of files for Snakemake."""
