@@ -20,7 +20,8 @@ from simdiff_utils import provenance
 from simdiff_utils.comparison.rows import FOLDER, Comparison
 from simdiff_utils.comparison.tables import ROWS
 from simdiff_utils.files import read_kept, write_kept, write_whole
-from simdiff_utils.settings import CRITERIA, Settings
+from simdiff_utils.registry import CRITERIA
+from simdiff_utils.settings import Settings
 
 # Gemma's head of 262,144 words takes hours in float32; a processor that multiplies bfloat16 is three times as
 # fast

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from simdiff_utils import provenance
-from simdiff_utils.settings import CRITERIA, Settings
+from simdiff_utils.registry import CRITERIA
+from simdiff_utils.settings import Settings
 from simdiff_utils.stages import Run
 
 MODELS = {"embedded:smollm2-135m-instruct": [3, 6, 8, 9, 12], "embedded:gemma-3-270m": [2, 4, 5, 6]}

@@ -1,16 +1,18 @@
 """What `make` asks of the package: `python -m simdiff_utils assets [NAME ...]` fetches and prepares what the
-notebooks use by default (or the assets named), `python -m simdiff_utils results [FOLDER]` shows the newest results.
+notebooks use by default (or the assets named), `python -m simdiff_utils results [FOLDER]` shows the newest
+results.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.assets import fetch
 from simdiff_utils.models.checkpoints import checkpoint_folder
 from simdiff_utils.provenance import runs_root
 from simdiff_utils.results import summarise
-from simdiff_utils.settings import Settings, SimDiffError
+from simdiff_utils.settings import Settings
 from simdiff_utils.text.corpus import load_corpus
 
 

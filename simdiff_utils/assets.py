@@ -21,8 +21,8 @@ from pathlib import Path
 import platformdirs
 from tqdm.auto import tqdm
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.files import hash_file, write_whole
-from simdiff_utils.settings import SimDiffError
 
 # One fixed platform, so that every machine gets the same wheel, whatever it runs itself.
 PLATFORM = (

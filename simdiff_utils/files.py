@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 _CANNOT_WRITE = {
     errno.ENOSPC,
@@ -143,3 +143,13 @@ def hash_file(path: Path) -> str:
 def _hash_file(path: Path, _n_bytes: int, _mtime_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def repository_root(start: Path | None = None) -> Path:
+    """The folder that holds `pyproject.toml`, from anywhere inside the repository; else the working
+    directory."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").exists() and (folder / "simdiff_utils").is_dir():
+            return folder
+    return here

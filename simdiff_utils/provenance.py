@@ -1,5 +1,8 @@
-"""Where runs lie, and with what and on what a result was made."""
+"""Where runs lie, and with what code, on what machine a result was made."""
 
+import ast
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from simdiff_utils.settings import repository_root
+from simdiff_utils.files import repository_root
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "simdiff-workbook")
 
@@ -72,3 +75,80 @@ def peak_memory_gib() -> float:
     import resource  # Unix only; macOS counts in bytes
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+# ---- the code behind a result
+# -------------------------------------------------------------------------------
+
+
+_PACKAGE = Path(__file__).parent
+
+
+def code_files(module: str) -> list[Path]:
+    """The files that what a room computes depends on: its own, and those of all rooms that it imports.
+
+    A room is a folder of this package, or a module beside them. Pictures (`plots.py`) compute nothing, and of the
+    settings it is the values that a key holds.
+
+    Args:
+        module: such as "simdiff_utils.capture"; "simdiff_utils" is all of it.
+    """
+    rooms = {path.stem for path in _PACKAGE.iterdir()} if module == "simdiff_utils" else {_room(module)}
+    waiting = sorted(rooms)
+    while waiting:
+        imported = {_room(name) for file in _files_of(waiting.pop()) for name in _imports(file)}
+        imported -= {*rooms, "settings"}
+        waiting += imported
+        rooms |= imported
+    return sorted({file for room in rooms for file in _files_of(room)})
+
+
+@functools.cache
+def code_digest(module: str) -> str:
+    """sha256 of the code of `code_files`, comments, docstrings and layout aside: they change no number."""
+    digest = hashlib.sha256()
+    for file in code_files(module):
+        digest.update(file.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(_code_alone(file).encode() if file.suffix == ".py" else file.read_bytes())
+    return digest.hexdigest()
+
+
+def _room(module: str) -> str:
+    return (module.split(".") + ["__init__"])[1]
+
+
+def _files_of(room: str) -> list[Path]:
+    """The room's files, its notes for other programs (lm-eval's task files) included."""
+    if (_PACKAGE / f"{room}.py").is_file():
+        return [_PACKAGE / f"{room}.py"]
+    return [
+        path
+        for path in (_PACKAGE / room).rglob("*")
+        if path.suffix in (".py", ".yaml") and path.stem != "plots"
+    ]
+
+
+def _imports(file: Path) -> set[str]:
+    """Modules of this package that a file imports, wherever in it."""
+    if file.suffix != ".py":
+        return set()
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "simdiff_utils":
+            found |= {f"simdiff_utils.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("simdiff_utils.") and _files_of(_room(name))}
+
+
+def _code_alone(file: Path) -> str:
+    """The syntax tree of a file without its docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                del body[0]
+    return ast.dump(tree)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from simdiff_utils.files import read_json
-from simdiff_utils.provenance import runs_root
-from simdiff_utils.settings import SimDiffError, repository_root
+from simdiff_utils import SimDiffError
+from simdiff_utils.files import read_json, repository_root
 
 
 def newest_results(root: Path) -> dict[str, Path]:

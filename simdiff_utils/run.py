@@ -1,18 +1,15 @@
-"""A run: one model, one text, one set of settings; what it reads, loaded when first needed, and where results
-lie.
+"""A run: one model, one text, one set of settings; what it reads, and where what it makes is kept.
 
-A stage's folder carries a hash of the settings that the stage depends on, of the model's weights, of the text
-and of this package's code. Changing the number of layers to remove reuses the capture; nothing stale is ever
-read.
+A stage is made once and kept in a folder whose name carries its key: a hash of the groups of settings that it
+depends on, of the model's weights, of the text, and of the code of its room and of the rooms below. Changing
+the number of layers to remove reuses the capture; nothing stale is ever read.
 """
 
-import functools
 import hashlib
 import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
@@ -21,26 +18,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from simdiff_utils import provenance
+from simdiff_utils import SimDiffError, require
 from simdiff_utils.engine.decoder import Decoder, open_decoder
 from simdiff_utils.engine.load import load_tokenizer
 from simdiff_utils.files import read_json, write_json, write_kept, write_whole
 from simdiff_utils.models.checkpoints import hash_once, resolve_checkpoint
-from simdiff_utils.settings import Settings, SimDiffError, check_n_remove
+from simdiff_utils.provenance import code_digest, peak_memory_gib, provenance, runs_root
+from simdiff_utils.settings import Group, Handling, Settings, hash_facts
 from simdiff_utils.text.blocks import draw_blocks, token_blocks
 from simdiff_utils.text.corpus import Corpus, load_corpus
 
 _HASHES = "hashes.json"  # of a stage's files, written last
-_HOW_NOT_WHAT = {
-    "result_file",
-    "memory_gib",
-    "export_to",
-    "overwrite",
-    "trust_remote_code",
-}  # they change no number
+_SIZES = {
+    "train": "n_samples",
+    "validation": "n_validation",
+    "test": "n_test",
+}  # split -> how many of its blocks
 
 
-class RunFolder:
+class Run:
     """One model, one text, one set of settings. Model, tokenizer and text are loaded when first needed.
 
     Attributes:
@@ -48,26 +44,25 @@ class RunFolder:
         checkpoint: the dense model's folder, label and hash.
         n_layers: of the dense model.
         grid: the numbers of layers to compare.
+        shared: what rooms keep in memory for this model and text, by name; runs made by `replace` share it.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.started = perf_counter()
+        self.shared: dict[object, object] = {}
         self.checkpoint = resolve_checkpoint(settings.model, settings.trust_remote_code)
         config = AutoConfig.from_pretrained(self.checkpoint.folder).get_text_config()
         self.n_layers: int = config.num_hidden_layers
         self.grid = settings.n_remove_grid
         default = set(Settings().n_remove_grid)
         if default <= set(self.grid):  # nobody asked for the default ones: keep those that fit the model
-            self.grid = [
-                n_remove for n_remove in self.grid if n_remove < self.n_layers or n_remove not in default
-            ]
-        for n_remove in self.grid:
+            self.grid = [k for k in self.grid if k < self.n_layers or k not in default]
+        asked = (
+            set() if settings.n_remove == Settings().n_remove else {settings.n_remove}
+        )  # 01 and 02 have none
+        for n_remove in (*self.grid, *asked):
             check_n_remove(n_remove, self.n_layers)
-        if (
-            settings.n_remove != Settings.n_remove
-        ):  # the default is checked where it is used: 01 and 02 have none
-            check_n_remove(settings.n_remove, self.n_layers)
         context = getattr(config, "max_position_embeddings", None)
         if context and settings.seq_len > context:
             raise SimDiffError(
@@ -75,14 +70,28 @@ class RunFolder:
                 f"{self.checkpoint.label} was built for; lower seq_len."
             )
 
-    @functools.cached_property
+    def replace(self, **settings: object) -> "Run":
+        """The same run with other settings; what was loaded or computed for this model and text is shared."""
+        other = object.__new__(Run)
+        vars(other).update(vars(self), settings=self.settings.replace(**settings))
+        return other
+
+    def once(self, name: object, make: Callable[[], object]) -> object:
+        """What `make` returns, made once for all runs that share this model and text."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    # ---- what is read
+    # --------------------------------------------------------------------------------------------
+
+    @property
     def decoder(self) -> Decoder:
         """The dense model in `settings.dtype`, in memory or streamed as `settings.memory_gib` allows."""
-        return open_decoder(
-            self.checkpoint.folder,
-            self.settings.dtype,
-            self.settings.memory_gib,
-            self.settings.batch_size * self.settings.seq_len,
+        s = self.settings
+        return self.once(
+            ("decoder", s.dtype),
+            lambda: open_decoder(self.checkpoint.folder, s.dtype, s.memory_gib, s.batch_size * s.seq_len),
         )
 
     @property
@@ -95,90 +104,89 @@ class RunFolder:
             )
         return self.decoder.model
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
-        return load_tokenizer(self.checkpoint.folder)
+        return self.once("tokenizer", lambda: load_tokenizer(self.checkpoint.folder))
 
-    @functools.cached_property
+    @property
     def corpus(self) -> Corpus:
         """The text with its three splits."""
-        return load_corpus(self.settings.text)
-
-    @functools.cached_property
-    def _tokenised(self) -> dict[str, Tensor]:
-        return {}
+        return self.once("corpus", lambda: load_corpus(self.settings.text))
 
     def split_blocks(self, split: str) -> Tensor:
         """Every block of a split, [n_blocks, seq_len]; tokenised once."""
-        if split not in self._tokenised:
-            documents = self.corpus.documents[split]
-            self._tokenised[split] = token_blocks(self.tokenizer, documents, self.settings.seq_len)
-        return self._tokenised[split]
+        seq_len = self.settings.seq_len
+        return self.once(
+            ("blocks", split, seq_len),
+            lambda: token_blocks(self.tokenizer, self.corpus.documents[split], seq_len),
+        )
 
     def blocks(self, split: str) -> Tensor:
         """Token ids [n, seq_len]: `train` draws the calibration samples at random, the others are spread
         evenly."""
-        name = {"train": "n_samples", "validation": "n_validation", "test": "n_test"}[split]
+        name = _SIZES[split]
         seed = self.settings.seed if split == "train" else None
         return draw_blocks(self.split_blocks(split), getattr(self.settings, name), seed, parameter=name)
 
-    # ---- where things lie
-    # --------------------------------------------------------------------------------------
+    # ---- what is made
+    # --------------------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
         """Folder of everything made from this model."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.checkpoint.label.lower()).strip("-")
-        return provenance.runs_root() / f"{slug}-{self.checkpoint.sha256[:8]}"
+        return runs_root() / f"{slug}-{self.checkpoint.sha256[:8]}"
 
-    def _folder(self, stage: str, names: tuple[str, ...]) -> Path:
-        return self.folder / f"{stage}-{self._key(names, text=self.corpus.sha256)}"
+    def stage_folder(self, stage: str, room: str, groups: tuple[type[Group], ...], **facts: object) -> Path:
+        """Where a stage lies or will lie.
 
-    def _key(self, names: tuple[str, ...], **identity: str) -> str:
-        return self.settings.key(names, model=self.checkpoint.sha256, **identity, **self._made_by())
+        Args:
+            room: the module whose code makes it, such as "simdiff_utils.capture"; rooms below it count as
+                well.
+            groups: of the settings that it depends on.
+            facts: whatever else it depends on.
+        """
+        made_of = {"model": self.checkpoint.sha256, "text": self.corpus.sha256, "code": code_digest(room)}
+        return self.folder / f"{stage}-{hash_facts(self.settings.of(*groups) | made_of | facts)}"
 
-    def _made_by(self) -> dict[str, str]:
-        """What makes the results, as it enters the names of their folders: this package's code."""
-        return {"code": code_digest()}
-
-    def _stage(self, stage: str, names: tuple[str, ...], make: Callable[[Path], dict]) -> Path:
+    def stage(
+        self,
+        stage: str,
+        room: str,
+        groups: tuple[type[Group], ...],
+        make: Callable[[Path], dict],
+        **facts: object,
+    ) -> Path:
         """Folder of a stage, made by `make` (which returns its facts) if it is not there yet, or was damaged
         since."""
-        target = self._folder(stage, names)
-        if not is_sound(target):
-            if target.exists():
-                tqdm.write(
-                    f"{target.name} is damaged (a file of it is not as it was written): made again.",
-                    file=sys.stderr,
-                )
-                shutil.rmtree(target)
-            with write_whole(target, replace=False) as partial:
-                partial.mkdir()
-                started = perf_counter()
-                facts = make(partial)
-                write_json(
-                    partial / "result.json",
-                    facts
-                    | {
-                        "stage": stage,
-                        "seconds": round(perf_counter() - started, 1),
-                        "settings": {name: getattr(self.settings, name) for name in names},
-                        "origin": self.origin(),
-                    },
-                )
-                write_json(partial / _HASHES, _hash_folder(partial))
+        target = self.stage_folder(stage, room, groups, **facts)
+        if is_sound(target):
+            return target
+        if target.exists():
+            said = f"{target.name} is damaged (a file of it is not as it was written): made again."
+            tqdm.write(said, file=sys.stderr)
+            shutil.rmtree(target)
+        with write_whole(target, replace=False) as partial:
+            partial.mkdir()
+            started = perf_counter()
+            result = make(partial) | {"stage": stage, "seconds": round(perf_counter() - started, 1)}
+            write_json(
+                partial / "result.json",
+                result | {"settings": self.settings.of(*groups), "origin": self.origin()},
+            )
+            write_json(partial / _HASHES, _hash_folder(partial))
         return target
 
     def origin(self) -> dict:
         """Provenance of whatever this run writes: model, text, hashes, versions, machine."""
-        return provenance.provenance() | {
+        return provenance() | {
             "model": self.checkpoint.label,
             "model_sha256": self.checkpoint.sha256,
             "n_layers": self.n_layers,
             "text": self.corpus.label,
             "text_sha256": self.corpus.sha256,
-            "code_sha256": code_digest(),
+            "code_sha256": code_digest("simdiff_utils"),
         }
 
     def finish(self, notebook: str, headline: dict, tables: dict[str, pd.DataFrame], figures: dict) -> Path:
@@ -188,10 +196,12 @@ class RunFolder:
         Args:
             notebook: its file name without ending.
             headline: the few numbers or words that the closing summary shows.
-            tables, figures: name -> data frame, name -> matplotlib figure.
+            tables, figures: name -> data frame, name -> matplotlib figure; None where there is nothing to
+                show.
         """
-        names = tuple(sorted(set(asdict(self.settings)) - _HOW_NOT_WHAT))
-        target = self.folder / f"{notebook}-{self._key(names, text=self.corpus.sha256)}"
+        settings = {name: value for name, value in self.settings if name not in Handling.model_fields}
+        key = hash_facts(settings | {"model": self.checkpoint.sha256, "text": self.corpus.sha256})
+        target = self.folder / f"{notebook}-{key}"
         with write_whole(target) as partial:
             partial.mkdir()
             for name, table in tables.items():
@@ -203,14 +213,27 @@ class RunFolder:
                 "headline": headline,
                 "folder": str(target),
                 "seconds": round(perf_counter() - self.started, 1),
-                "peak_memory_gib": round(provenance.peak_memory_gib(), 2),
-                "settings": {name: getattr(self.settings, name) for name in names},
+                "peak_memory_gib": round(peak_memory_gib(), 2),
+                "settings": settings,
                 "origin": self.origin(),
             }
             write_json(partial / "result.json", result)
         if self.settings.result_file:
             write_kept(Path(self.settings.result_file), result)
         return target
+
+
+def check_n_remove(n_remove: int, n_layers: int) -> None:
+    """Refuse a number of layers to remove outside [1, n_layers - 1]."""
+    require(
+        1 <= n_remove < n_layers,
+        f"n_remove must lie between 1 and {n_layers - 1} for a model of {n_layers} layers, got {n_remove}.",
+    )
+
+
+def hash_blocks(blocks: Tensor) -> str:
+    """sha256 of token ids: what was measured on them is found again by it."""
+    return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
 
 
 def _hash_folder(folder: Path) -> dict[str, str]:
@@ -227,14 +250,3 @@ def is_sound(folder: Path) -> bool:
         return read_json(folder / _HASHES) == _hash_folder(folder)
     except (OSError, ValueError):
         return False
-
-
-@functools.cache
-def code_digest() -> str:
-    """Hash of this package's code, so that results of older code are never taken for today's (pictures
-    aside)."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if not path.name.startswith("plots"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

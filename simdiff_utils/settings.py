@@ -1,330 +1,270 @@
-"""Settings of a run: one validated dataclass, fed from a notebook's parameters cell."""
+"""Settings of a run: every parameter that a notebook may declare, in groups by room, checked by pydantic.
 
-import ast
-import dataclasses
+A stage's key is made of the groups it depends on, so what a parameter makes old is derived from where it
+stands.
+"""
+
 import hashlib
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from typing import Annotated
 
-CRITERIA = (
-    "cosine",
-    "mssd",
-    "masd",
-    "log-mssd",
-    "relative",
-    "portfolio",
-    "angular",
-    "tail",
-    "random",
-    "magnitude",
-    "taylor",
-    "one-shot",
-    "sleb",
-    "window",
-    "entrodrop",
-    "laco",
-)  # keys of methods.METHODS
-SEARCHES = ("path", "ternary")
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from simdiff_utils import SimDiffError
+from simdiff_utils.registry import CRITERIA, is_criterion
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PRESETS = ("demo", "published")
-REPAIRS = ("none", "magnitude", "linear")  # no repair, and those of repair.REPAIRS
+REPAIRS = ("none", "magnitude", "linear")
 TRAININGS = ("none", "lora", "distillation")
-REPORTS = ("none", "tensorboard")
-PROTOCOLS = ("demo", "interactive", "prefill", "paper")  # keys of speed.PROTOCOLS
-TASK_SUITES = ("zero_shot", "nlu")  # keys of tasks.SUITES
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    float | str: "a number or a text",
+}
 
 
-class SimDiffError(ValueError):
-    """Bad input or an impossible request; the message is one sentence that says what to do."""
+def _must(fits: Callable[[object], bool], words: str) -> AfterValidator:
+    """A check of a value of the right type; the sentence reads "NAME must WORDS, got VALUE."."""
 
-    def _render_traceback_(self) -> list[str]:
-        """What IPython shows instead of a traceback: the sentence is all a reader needs."""
-        return [f"SimDiffError: {self}"]
+    def check(value: object) -> object:
+        if not fits(value):
+            raise ValueError(f"must {words}, got {value!r}.")
+        return value
 
-
-def one_line(error: BaseException) -> str:
-    """What a library's error says, as one line for our own sentence."""
-    return " ".join(str(error).split())
+    return AfterValidator(check)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every parameter that a notebook may declare, with its default.
+def _one_of(*choices: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in choices and not (choices == tuple(CRITERIA) and is_criterion(value)):
+            raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}.")
+        return value
 
-    A notebook declares the ones it uses; `from_notebook` checks them. `n_` counts, lengths are in tokens.
-    """
+    return AfterValidator(check)
 
-    # what is pruned, and on what text
+
+def _list_of(what: str, fits: Callable[[object], bool], items: str, empty: bool = False) -> BeforeValidator:
+    """A check of a list before pydantic looks into it, so that one sentence speaks of the whole list."""
+
+    def check(values: object) -> object:
+        if not isinstance(values, list):
+            raise ValueError(f"must be a list of {what}, got {values!r}.")
+        if not (values or empty) or not all(map(fits, values)):
+            raise ValueError(f"must be a list of {items} {values}.")
+        return values
+
+    return BeforeValidator(check)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+Count = Annotated[int, _must(lambda n: n >= 1, "be at least 1")]
+Tokens = Annotated[int, _must(lambda n: n >= 2, "be at least 2 tokens")]
+OrOff = _must(lambda x: x >= 0, "be 0 (off) or more")
+Inside = _must(lambda x: 0 < x < 1, "lie between 0 and 1")
+Dtype = Annotated[str, _one_of(*DTYPES)]
+_COUNTS, _CRITERIA = "whole numbers of at least 1, got", f"some of {', '.join(CRITERIA)}; got"
+Counts = Annotated[list[int], _list_of("whole numbers", _is_count, _COUNTS)]
+CountsOrNone = Annotated[list[int], _list_of("whole numbers", _is_count, _COUNTS, empty=True)]
+Criteria = Annotated[list[str], _list_of("texts", is_criterion, _CRITERIA)]
+CriteriaOrNone = Annotated[list[str], _list_of("texts", is_criterion, _CRITERIA, empty=True)]
+
+
+def _check_alpha(alpha: float | str) -> float | str:
+    if isinstance(alpha, str) and alpha != "auto":
+        raise ValueError(f'must be "auto" or a number in [0, 1], got {alpha!r}.')
+    if not isinstance(alpha, str) and not 0 <= alpha <= 1:
+        raise ValueError(f"must lie in [0, 1], got {alpha}.")
+    return alpha
+
+
+# ---- groups: n_ counts, lengths are in tokens
+# -----------------------------------------------------------------------
+
+
+class Group(BaseModel):
+    """Settings that belong together."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Sources(Group):
+    """What is pruned, and on what text: they enter a key by the hashes of what they name."""
+
     model: str = "embedded:smollm2-135m-instruct"
     text: str = "embedded:wikipedia"
-    dtype: str = "float32"
-    seed: int = 0
-    batch_size: int = 2
-    memory_gib: float = 0.0
+
+
+class Handling(Group):
+    """How something is done or where it goes, and not what comes out: in no key."""
+
+    batch_size: Count = 2
+    memory_gib: Annotated[float, OrOff] = 0.0
     trust_remote_code: bool = False
-    # calibration capture
-    n_samples: int = 32
-    seq_len: int = 256
-    # criterion: of several candidate sets, the one of lowest perplexity on the validation split is taken
-    criteria: list[str] = field(
-        default_factory=lambda: ["cosine", "mssd", "masd", "log-mssd", "relative", "portfolio"]
+    prompt: Annotated[str, _must(str.strip, "hold a word to start from")] = (
+        "Albert Einstein was a physicist who"
     )
-    criterion: str = "masd"
-    alpha: float | str = "auto"
-    n_remove_grid: list[int] = field(default_factory=lambda: [3, 6, 8, 9, 12])
-    n_validation: int = 8
-    search: str = "path"
-    exact: bool = False
-    confidence: float = 0.99
-    eps: float = 0.01
-    max_iterations: int = 50
-    # pruning, reported on the test split
-    n_remove: int = 6
-    n_test: int = 8
-    max_perplexity_ratio: float = 0.0
-    prompt: str = "Albert Einstein was a physicist who"
+    max_perplexity_ratio: Annotated[float, OrOff] = 0.0
     export_to: str = ""
     overwrite: bool = False
-    # recovery: a repair without training, then training; 0, "preset" and [] keep the preset's value
-    repair: str = "none"
-    training: str = "lora"
-    preset: str = "demo"
-    train_data: str = "preset"
-    chat_template: bool = False
-    learning_rate: float = 0.0
-    max_steps: int = 0
-    micro_batch_size: int = 0
-    max_length: int = 0
-    target_modules: list[str] = field(default_factory=list)
-    train_dtype: str = "auto"
-    gradient_checkpointing: bool = False
-    report_to: str = "none"
-    export_dtype: str = "float32"
-    # speed: 0 and [] keep the protocol's value
-    speed_dtype: str = "auto"
-    protocol: str = "demo"
-    speed_batch_sizes: list[int] = field(default_factory=list)
-    prompt_len: int = 0
-    n_new_tokens: int = 0
-    n_timed_steps: int = 0
-    n_pairs: int = 5
-    compiled: bool = False
-    speed_grid: list[int] = field(default_factory=list)
-    # comparison: every method on WikiText-2's test split, some in lm-eval
     measure: bool = False
-    data_folder: str = ""
-    window_len: int = 2048
-    n_windows: int = 64
-    suite: str = "zero_shot"
-    task_criteria: list[str] = field(default_factory=lambda: ["cosine", "mssd", "masd", "sleb", "portfolio"])
-    task_grid: list[int] = field(default_factory=lambda: [3, 6])
-    task_limit: int = 200
-    n_stories: int = 100
-    # batch runs: where the last cell writes its proof of success ("" = nowhere)
     result_file: str = ""
 
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _check_type(f.name, value, f.type)
-            if type(value) is int and f.type is not int:  # 1 and 1.0 are one setting and must hash alike
-                object.__setattr__(self, f.name, float(value))
-        for name in (
-            "n_samples",
-            "n_validation",
-            "n_test",
-            "batch_size",
-            "n_remove",
-            "max_iterations",
-            "n_pairs",
-            "n_windows",
-        ):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("seq_len", "window_len"):
-            _require(
-                getattr(self, name) >= 2, f"{name} must be at least 2 tokens, got {getattr(self, name)}."
-            )
-        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
-        _require(0 < self.eps < 1, f"eps must lie between 0 and 1, got {self.eps}.")
-        _require(
-            0 < self.confidence < 1,
-            f"confidence must lie between 0 and 1, got {self.confidence}; exact = True drops nothing early.",
-        )
-        _require(self.prompt.strip(), f"prompt must hold a word to start from, got {self.prompt!r}.")
-        for name, numbers in (
-            ("n_remove_grid", self.n_remove_grid),
-            ("task_grid", self.task_grid or [1]),  # [] is none
-            ("speed_batch_sizes", self.speed_batch_sizes or [1]),
-            ("speed_grid", self.speed_grid or [1]),
-        ):
-            _require(
-                numbers and all(type(k) is int and k >= 1 for k in numbers),
-                f"{name} must be a list of whole numbers of at least 1, got {numbers}.",
-            )
-        if isinstance(self.alpha, str):
-            _require(self.alpha == "auto", f'alpha must be "auto" or a number in [0, 1], got {self.alpha!r}.')
-        else:
-            _require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], got {self.alpha}.")
-        for name, criteria in (
-            ("criteria", self.criteria),
-            ("task_criteria", self.task_criteria or ["cosine"]),
-        ):
-            _require(
-                criteria and set(criteria) <= set(CRITERIA),
-                f"{name} must be a list of some of {', '.join(CRITERIA)}; got {criteria}.",
-            )
-        for name, choices in (
-            ("criterion", CRITERIA),
-            ("search", SEARCHES),
-            ("dtype", DTYPES),
-            ("train_dtype", DTYPES),
-            ("speed_dtype", DTYPES),
-            ("export_dtype", DTYPES[1:]),
-            ("preset", PRESETS),
-            ("repair", REPAIRS),
-            ("training", TRAININGS),
-            ("report_to", REPORTS),
-            ("suite", TASK_SUITES),
-            ("protocol", PROTOCOLS),
-        ):
-            _require(
-                getattr(self, name) in choices,
-                f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.",
-            )
-        for name in (
-            "max_perplexity_ratio",
-            "learning_rate",
-            "max_steps",
-            "micro_batch_size",
-            "max_length",
-            "memory_gib",
-            "task_limit",
-            "n_stories",
-            "prompt_len",
-            "n_new_tokens",
-            "n_timed_steps",
-        ):
-            _require(getattr(self, name) >= 0, f"{name} must be 0 (off) or more, got {getattr(self, name)}.")
 
-    def key(self, names: tuple[str, ...], **identity: str) -> str:
-        """Hash of the settings named and of what they resolved to (hashes of model, text, code): 12 hex
-        digits."""
-        facts = {name: getattr(self, name) for name in names} | identity
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+class CaptureSettings(Group):
+    """Calibration capture."""
+
+    dtype: Dtype = "float32"
+    seed: Annotated[int, _must(lambda n: n >= 0, "be 0 or more")] = 0
+    n_samples: Count = 32
+    seq_len: Tokens = 256
 
 
-def check_n_remove(n_remove: int, n_layers: int) -> None:
-    """Refuse a number of layers to remove outside [1, n_layers - 1]."""
-    _require(
-        1 <= n_remove < n_layers,
-        f"n_remove must lie between 1 and {n_layers - 1} for a model of {n_layers} layers, got {n_remove}.",
+class SearchSettings(Group):
+    """How a criterion's candidate sets are found and compared: lowest perplexity on the validation split
+    wins."""
+
+    n_validation: Count = 8
+    alpha: Annotated[float | str, AfterValidator(_check_alpha)] = "auto"
+    search: Annotated[str, _one_of("path", "ternary")] = "path"
+    exact: bool = False
+    confidence: Annotated[float, Inside] = 0.99
+    eps: Annotated[float, Inside] = 0.01
+    max_iterations: Count = 50
+
+
+class ChoiceSettings(Group):
+    """Which criterion's set is removed, and how many layers."""
+
+    criterion: Annotated[str, _one_of(*CRITERIA)] = "masd"
+    n_remove: Count = 6
+
+
+class TableSettings(Group):
+    """What is laid side by side, on the test split; `pruned` names a checkpoint in the place of a choice."""
+
+    criteria: Criteria = Field(
+        default_factory=lambda: ["cosine", "mssd", "masd", "log-mssd", "relative", "portfolio"]
     )
+    n_remove_grid: Counts = Field(default_factory=lambda: [3, 6, 8, 9, 12])
+    pruned: str = ""
 
 
-def check_removed(removed: frozenset[int], n_layers: int) -> None:
-    """Refuse a set of layers to remove that names no layer of the model, or all of them."""
-    _require(
-        removed <= set(range(n_layers)) and len(removed) < n_layers,
-        f"cannot remove layers {sorted(removed)} of a model with layers 0 to {n_layers - 1}; "
-        "name indices in that range and leave one.",
+class TestSettings(Group):
+    """What is reported: blocks of the test split, which chooses nothing."""
+
+    n_test: Count = 8
+
+
+class RepairSettings(Group):
+    """Recovery without training."""
+
+    repair: Annotated[str, _one_of(*REPAIRS)] = "none"
+    export_dtype: Annotated[str, _one_of(*DTYPES[1:])] = "float32"
+
+
+class TrainingSettings(Group):
+    """Recovery by training; 0, "preset" and [] keep the preset's value."""
+
+    training: Annotated[str, _one_of(*TRAININGS)] = "lora"
+    preset: Annotated[str, _one_of("demo", "published")] = "demo"
+    train_data: str = "preset"
+    chat_template: bool = False
+    learning_rate: Annotated[float, OrOff] = 0.0
+    max_steps: Annotated[int, OrOff] = 0
+    micro_batch_size: Annotated[int, OrOff] = 0
+    max_length: Annotated[int, OrOff] = 0
+    target_modules: list[str] = Field(default_factory=list)
+    train_dtype: Dtype = "auto"
+    gradient_checkpointing: bool = False
+    report_to: Annotated[str, _one_of("none", "tensorboard")] = "none"
+
+
+class SpeedSettings(Group):
+    """What is timed, and how; 0 and [] keep the protocol's value."""
+
+    speed_dtype: Dtype = "auto"
+    protocol: Annotated[str, _one_of("demo", "interactive", "prefill", "paper")] = "demo"
+    speed_batch_sizes: CountsOrNone = Field(default_factory=list)
+    prompt_len: Annotated[int, OrOff] = 0
+    n_new_tokens: Annotated[int, OrOff] = 0
+    n_timed_steps: Annotated[int, OrOff] = 0
+    n_pairs: Count = 5
+    compiled: bool = False
+    speed_grid: CountsOrNone = Field(default_factory=list)
+
+
+class ComparisonSettings(Group):
+    """Every criterion on WikiText-2's test split, some in lm-eval."""
+
+    data_folder: str = ""
+    window_len: Tokens = 2048
+    n_windows: Count = 64
+    suite: Annotated[str, _one_of("zero_shot", "nlu")] = "zero_shot"
+    task_criteria: CriteriaOrNone = Field(
+        default_factory=lambda: ["cosine", "mssd", "masd", "sleb", "portfolio"]
     )
+    task_grid: CountsOrNone = Field(default_factory=lambda: [3, 6])
+    task_limit: Annotated[int, OrOff] = 200
+    n_stories: Annotated[int, OrOff] = 100
 
 
-def from_notebook(namespace: dict) -> Settings:
-    """Settings from the parameters cell of the running notebook, and from what papermill injected below it.
-
-    Args:
-        namespace: the notebook's `globals()`.
+class Settings(
+    Sources,
+    Handling,
+    CaptureSettings,
+    SearchSettings,
+    ChoiceSettings,
+    TableSettings,
+    TestSettings,
+    RepairSettings,
+    TrainingSettings,
+    SpeedSettings,
+    ComparisonSettings,
+):
+    """All of them. A notebook declares those it uses, `from_notebook` checks them.
 
     Raises:
-        SimDiffError: a name that the notebook does not declare (papermill only logs those), or a value of
-            the wrong type or out of range.
+        SimDiffError: a value of the wrong type or out of range.
     """
-    history = namespace.get("In", [])
-    if any(history):
-        declared, injected = _declared_and_injected(history)
-    else:  # nbval keeps no history, and injects nothing
-        declared, injected = set(namespace.get("__annotations__", {})), set()
-    _require(declared, "no parameters cell was run: each of its lines must read `name: type = value`.")
-    unknown = sorted(injected - declared)
-    _require(
-        not unknown,
-        f"unknown parameter {', '.join(unknown)}; this notebook declares {', '.join(sorted(declared))}.",
-    )
-    known = {f.name for f in dataclasses.fields(Settings)}
-    _require(
-        declared <= known,
-        f"the parameters cell declares {', '.join(sorted(declared - known))}, "
-        "which no setting is called; see simdiff_utils/settings.py.",
-    )
-    return Settings(**{name: namespace[name] for name in declared})
 
-
-def _declared_and_injected(cells: list[str]) -> tuple[set[str], set[str]]:
-    """Names in the parameters cell run last, and in what papermill injected after it.
-
-    Read from the kernel's input history, so that running the cells again, in any order, gives the same
-    answer.
-    """
-    known = {f.name for f in dataclasses.fields(Settings)}
-    declared: set[str] = set()
-    injected: set[str] = set()
-    for cell in cells:
+    def __init__(self, **given: object) -> None:
         try:
-            body = ast.parse(cell).body
-        except SyntaxError:
-            continue
-        if body and all(
-            isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) for node in body
-        ):
-            names = {node.target.id for node in body}
-            if (
-                names & known or not declared
-            ) and not names <= declared:  # a cell of the reader's own declares nothing
-                declared, injected = names, set()
-        elif cell.lstrip().startswith("# Parameters"):  # the comment papermill puts on the cell it injects
-            injected |= {
-                target.id for node in body if isinstance(node, ast.Assign) for target in node.targets
-            }
-    return declared, injected
+            super().__init__(**given)
+        except ValidationError as error:
+            raise SimDiffError(_sentence(error.errors()[0], given)) from None
+
+    def replace(self, **changes: object) -> "Settings":
+        """The same settings but for some."""
+        return Settings(**dict(self) | changes)
+
+    def of(self, *groups: type[Group], without: tuple[str, ...] = ()) -> dict[str, object]:
+        """Names and values of some groups."""
+        names = [name for group in groups for name in group.model_fields if name not in without]
+        return {name: getattr(self, name) for name in names}
 
 
-def _check_type(name: str, value: object, annotation: object) -> None:
-    words = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        list[int]: "a list of whole numbers",
-        list[str]: "a list of texts",
-        bool: "true or false",
-        float | str: "a number or a text",
-    }
-    ok = {
-        int: type(value) is int,
-        float: type(value) in (int, float),
-        str: isinstance(value, str),
-        list[int]: isinstance(value, list),
-        list[str]: isinstance(value, list),
-        bool: type(value) is bool,
-        float | str: type(value) in (int, float, str),
-    }[annotation]
-    hint = ""
-    if annotation is float and isinstance(value, str):
-        hint = " (YAML reads 1e-4 as a text: write 1.0e-4 or 0.0001)"
-    _require(ok, f"{name} must be {words[annotation]}, got {value!r}{hint}.")
+def hash_facts(facts: dict) -> str:
+    """12 hex digits of whatever JSON can say, the same for the same facts in any order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _require(condition: object, sentence: str) -> None:
-    if not condition:
-        raise SimDiffError(sentence)
-
-
-def repository_root(start: Path | None = None) -> Path:
-    """The folder that holds `pyproject.toml`, from anywhere inside the repository; else the working
-    directory."""
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").exists() and (folder / "simdiff_utils").is_dir():
-            return folder
-    return here
+def _sentence(error: dict, given: dict) -> str:
+    """pydantic's first complaint in our words."""
+    name = str(error["loc"][0])
+    if error["type"] == "value_error":
+        return f"{name} {error['ctx']['error']}"
+    if name not in Settings.model_fields:
+        return f"there is no setting {name}; see simdiff_utils/settings.py."
+    kind, value = Settings.model_fields[name].annotation, given[name]
+    hint = (
+        " (YAML reads 1e-4 as a text: write 1.0e-4 or 0.0001)"
+        if kind is float and isinstance(value, str)
+        else ""
+    )
+    return f"{name} must be {_TYPES.get(kind, 'a list of texts')}, got {value!r}{hint}."

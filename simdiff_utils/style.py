@@ -1,80 +1,37 @@
-"""One look for every picture: colours, markers and dashes by name, axes. Layer indices are 0-based."""
+"""One look for every picture: how each criterion is drawn (from the registry), axes, legends."""
 
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from simdiff_utils.criterion.propose import METHODS
+from simdiff_utils import registry
 
-# Okabe-Ito colours: told apart by colour-blind readers; markers and dashes tell them apart in grey.
-NAMES = {
-    "dense": "dense",
-    "pruned": "pruned",
-    "recovered": "recovered",
-    **{name: method.label for name, method in METHODS.items()},
+_MODELS = {  # what is no criterion
+    "dense": {"color": "#333333", "marker": "D", "ls": "-", "label": "dense"},
+    "pruned": {"color": "#D55E00", "marker": "v", "ls": "-", "label": "pruned"},
+    "recovered": {"color": "#CC79A7", "marker": "P", "ls": "-", "label": "recovered"},
 }
-COLOURS = {
-    "dense": "#333333",
-    "cosine": "#E69F00",
-    "mssd": "#0072B2",
-    "masd": "#009E73",
-    "log-mssd": "#56B4E9",
-    "relative": "#D55E00",
-    "portfolio": "#CC79A7",
-    "angular": "#F0E442",
-    "tail": "#999999",
-    "random": "#999999",
-    "magnitude": "#999999",
-    "taylor": "#777777",
-    "one-shot": "#777777",
-    "sleb": "#000000",
-    "window": "#777777",
-    "entrodrop": "#777777",
-    "laco": "#999999",
-    "pruned": "#D55E00",
-    "recovered": "#CC79A7",
+NAMES = {name: look["label"] for name, look in _MODELS.items()} | {
+    name: row.label for name, row in registry.CRITERIA.items()
 }
-MARKERS = {
-    "dense": "D",
-    "cosine": "o",
-    "mssd": "s",
-    "masd": "^",
-    "log-mssd": "v",
-    "relative": "P",
-    "portfolio": "*",
-    "angular": "d",
-    "tail": "<",
-    "random": ".",
-    "magnitude": "x",
-    "taylor": "+",
-    "one-shot": "1",
-    "sleb": "X",
-    "window": "p",
-    "entrodrop": "h",
-    "laco": ">",
-    "pruned": "v",
-    "recovered": "P",
-}
-_DOTTED, _DASHDOT = (0, (1, 1)), (0, (3, 1, 1, 1))
-DASHES = {
-    "cosine": "-",
-    "mssd": "--",
-    "masd": "-.",
-    "log-mssd": ":",
-    "relative": (0, (5, 1)),
-    "portfolio": "-",
-    "angular": _DOTTED,
-    "tail": _DASHDOT,
-    "random": _DOTTED,
-    "magnitude": _DASHDOT,
-    "taylor": ":",
-    "one-shot": (0, (5, 1)),
-    "sleb": "-",
-    "window": "--",
-    "entrodrop": "-.",
-    "laco": _DOTTED,
-}
+
+
+def look(name: str, **changes: object) -> dict[str, object]:
+    """Colour, marker, line and label of a criterion, or of the dense, pruned or recovered model, for `axis.plot`.
+
+    Args:
+        changes: what is to be different in this picture.
+    """
+    if name in _MODELS:
+        return _MODELS[name] | changes
+    row = registry.find(name)
+    return {"color": row.color, "marker": row.marker, "ls": row.ls, "label": row.label} | changes
+
+
+def colour(name: str) -> str:
+    """The colour alone."""
+    return str(look(name)["color"])
 
 
 def use_style() -> None:
@@ -98,6 +55,7 @@ def use_style() -> None:
 
 
 def layer_axis(axis: Axes) -> None:
+    """Layer indices along x."""
     axis.set_xlabel("layer index")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -107,3 +65,9 @@ def plain_log_axis(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+_ALL = (*_MODELS, *registry.CRITERIA)
+COLOURS = {name: look(name)["color"] for name in _ALL}
+MARKERS = {name: look(name)["marker"] for name in _ALL}
+DASHES = {name: look(name)["ls"] for name in _ALL}

@@ -19,7 +19,8 @@ from huggingface_hub import HfApi, get_local_safetensors_metadata, hf_hub_downlo
 from simdiff_utils import assets
 from simdiff_utils.files import check_disk, read_json
 from simdiff_utils.models.names import hub_sentences, read_model_name
-from simdiff_utils.settings import Settings, SimDiffError, one_line
+from simdiff_utils import SimDiffError, one_line
+from simdiff_utils.settings import Settings
 from workflow.plan import NotebookRun
 
 _GIB = 2**30

@@ -18,7 +18,8 @@ from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 
-from simdiff_utils.settings import REPAIRS, TRAININGS, Settings, SimDiffError
+from simdiff_utils import SimDiffError
+from simdiff_utils.settings import REPAIRS, TRAININGS, Settings
 
 NOTEBOOKS = {
     "01": "01_calibration_capture",

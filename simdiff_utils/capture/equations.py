@@ -6,7 +6,7 @@ H is the residual stream [tokens, d].
 import torch
 from torch import Tensor
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 def measure_tokens(h_in: Tensor, h_out: Tensor) -> Tensor:

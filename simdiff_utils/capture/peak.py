@@ -8,8 +8,8 @@ import torch
 
 from simdiff_utils.capture.statistics import capture_statistics
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
+from simdiff_utils.engine.fresh import run_fresh
 from simdiff_utils.engine.load import load_model, text_config
-from simdiff_utils.fresh import run_fresh
 from simdiff_utils.models.own_code import trust_as_parent
 from simdiff_utils.provenance import peak_memory_gib
 

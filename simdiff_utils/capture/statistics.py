@@ -9,9 +9,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.capture.equations import measure_tokens
 from simdiff_utils.engine.decoder import Decoder
-from simdiff_utils.settings import SimDiffError
 
 _CHUNK = 160_000  # numbers measured at once: what they take stays in the processor's cache
 STATISTICS = ("cosine_distance", "mssd", "masd", "relative_update")

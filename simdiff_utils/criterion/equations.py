@@ -1,8 +1,7 @@
-"""The annotated paper: Eq. 2 to 9 of SimDiff (arXiv:2604.19520) as pure functions; then forms of our own.
+"""The annotated paper, Eq. 5 to 9 of SimDiff (arXiv:2604.19520), as pure functions; then what criteria fuse.
 
-Symbols as in the paper: H is the residual stream [tokens, d], L_sim and L_diff are raw measurements of a
-layer, I_sim and I_diff their normalised forms, I the fused importance. Small importance: the layer is removed
-first.
+Symbols as in the paper: L_sim and L_diff are raw measurements of a layer, I_sim and I_diff the same
+normalised, I the fused importance. Small importance: the layer is removed first.
 """
 
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError, registry
 
 
 def normalise_difference(l_diff: np.ndarray) -> np.ndarray:
@@ -49,36 +48,60 @@ def count_saturated(l_diff: np.ndarray, dtype: torch.dtype = torch.float64) -> i
     return int((torch.sigmoid(l_diff) == 1).sum())
 
 
-# ---- forms: which measurements are fused, and how each is normalised
-# ------------------------------------------------
-PUBLISHED_FORMS = ("mssd", "masd")
-FORMS = (*PUBLISHED_FORMS, "log-mssd", "relative")  # the last two are ours: nothing in them saturates
+# ---- criteria that fuse two measurements, and ShortGPT's, which is one
+# ------------------------------------------------ Each takes the statistics (columns of
+# `LayerStatistics.table`, float [n_layers] each) and returns I_sim and I_diff: the two ends, alpha 0 and 1,
+# of each layer's line. The last two criteria are ours: nothing in them saturates.
 
 
-def normalise(table: Mapping[str, np.ndarray], form: str) -> tuple[np.ndarray, np.ndarray]:
-    """I_sim and I_diff of a form of SimDiff, float64 [n_layers] each: the two ends, alpha 0 and 1, of a
-    layer's line.
+def cosine_scores(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """ShortGPT (arXiv:2403.03853): the layer that turns its input least goes first; Eq. 2 alone, float64
+    [n_layers]."""
+    return np.asarray(statistics["cosine_distance"], dtype=np.float64)
 
-    `mssd`, `masd`: as published (Eq. 5, 6). `log-mssd`: the logarithm of MSSD, then both measurements
-    stretched to [0, 1] over the layers. `relative`: the same with the relative update in place of log MSSD.
+
+def mssd_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """SimDiff as published, the difference by Eq. 3."""
+    return normalise_similarity(statistics["cosine_distance"]), normalise_difference(statistics["mssd"])
+
+
+def masd_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """SimDiff as published, the difference by Eq. 4."""
+    return normalise_similarity(statistics["cosine_distance"]), normalise_difference(statistics["masd"])
+
+
+def log_mssd_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The logarithm of MSSD in the place of the sigmoid, both measurements stretched to [0, 1] over the
+    layers.
+
     Stretching changes no set that some alpha chooses (ranks depend on alpha up to a change of its scale); it
     makes alpha readable.
-
-    Args:
-        table: layer statistics by column, as `LayerStatistics.table` gives them.
     """
-    cosine_distance = np.asarray(table["cosine_distance"], dtype=np.float64)
-    if form in PUBLISHED_FORMS:
-        return normalise_similarity(cosine_distance), normalise_difference(table[form])
-    if form not in FORMS:
-        raise SimDiffError(f"there is no form {form!r} of SimDiff: it must be one of {', '.join(FORMS)}.")
-    if form == "relative":
-        return _stretch(cosine_distance), _stretch(np.asarray(table["relative_update"], dtype=np.float64))
-    mssd = np.asarray(table["mssd"], dtype=np.float64)
-    return _stretch(cosine_distance), _stretch(np.log(np.maximum(mssd, np.finfo(np.float64).tiny)))
+    mssd = np.asarray(statistics["mssd"], dtype=np.float64)
+    return _stretch(statistics["cosine_distance"]), _stretch(
+        np.log(np.maximum(mssd, np.finfo(np.float64).tiny))
+    )
+
+
+def relative_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The update in units of the state, stretched likewise."""
+    return _stretch(statistics["cosine_distance"]), _stretch(statistics["relative_update"])
+
+
+def normalise(statistics: Mapping[str, np.ndarray], criterion: str) -> tuple[np.ndarray, np.ndarray]:
+    """I_sim and I_diff of a criterion that fuses two measurements, float64 [n_layers] each.
+
+    Raises:
+        SimDiffError: the criterion fuses nothing.
+    """
+    if registry.find(criterion).gives != "line":
+        fused = ", ".join(registry.of_kind("line"))
+        raise SimDiffError(f"{criterion} fuses no two measurements by alpha; it must be one of {fused}.")
+    return registry.load(criterion)(statistics)
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
     """Min-max over the layers: [0, 1]; all 0 where they do not differ."""
+    values = np.asarray(values, dtype=np.float64)
     spread = values.max() - values.min()
     return (values - values.min()) / spread if spread else np.zeros_like(values)

@@ -1,24 +1,63 @@
 """LaCo (arXiv:2402.11187): fold layers into the one below, from the top down, while the states stay alike."""
 
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
 
+from simdiff_utils import SimDiffError
+from simdiff_utils.criterion.candidates import Candidate, Evidence
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.surgery import Merge, layers_merged
-from simdiff_utils.settings import SimDiffError
 
 N_LACO = 4  # samples on which LaCo compares states
 LACO_SPAN, LACO_INTERVAL = 3, 2  # layers folded into one by a merge; layers walked down after it
-LACO_THRESHOLDS = tuple(
-    round(0.95 - 0.05 * i, 2) for i in range(20)
-)  # 0.95 to 0: the highest that reaches K is taken
+# 0.95 to 0: the highest that reaches K is taken
+LACO_THRESHOLDS = tuple(round(0.95 - 0.05 * i, 2) for i in range(20))
 _BELOW_ALL = -2.0  # no cosine is as low
 
 
-# ---- LaCo
-# ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Merges:
+    """LaCo's edit of a model: layers folded into others, one merge after another; none is taken out by it."""
+
+    merges: tuple[Merge, ...]
+
+    @classmethod
+    def read(cls, stored: Iterable) -> "Merges | None":
+        """Merges as JSON gives them; None where there are none."""
+        merges = tuple((stays, tuple(folded)) for stays, folded in stored)
+        return cls(merges) if merges else None
+
+    @property
+    def key(self) -> str:
+        """Names the edit in a file's path."""
+        return "merged-" + hashlib.sha256(json.dumps(self.merges).encode()).hexdigest()[:12]
+
+    @property
+    def removed(self) -> frozenset[int]:
+        """The layers folded into others, which can go afterwards."""
+        return frozenset(layer_idx for _, folded in self.merges for layer_idx in folded)
+
+    def applied(self, model: PreTrainedModel) -> AbstractContextManager:
+        """See `surgery.layers_merged`."""
+        return layers_merged(model, self.merges)
+
+
+def laco_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
+    """The one set of layers that LaCo folds away, with its merges."""
+    merges, n_models = merge_layers(evidence.decoder(), evidence.calibration()[:N_LACO], n_remove)
+    edit = Merges(merges)
+    return [Candidate(edit.removed, "laco", edit=edit, n_models=n_models)]
+
+
 def merge_layers(
     decoder: Decoder, blocks: Tensor, n_remove: int, span: int = LACO_SPAN, interval: int = LACO_INTERVAL
 ) -> tuple[tuple[Merge, ...], int]:
@@ -76,8 +115,7 @@ def merge_layers(
 
 def _last_states(decoder: Decoder, blocks: Tensor, merges: tuple[Merge, ...]) -> Tensor:
     """States after the last layer, [tokens, d], of the model with some layers merged."""
-    removed = frozenset(layer_idx for _, gone in merges for layer_idx in gone)
-    with layers_merged(decoder.model, merges):
-        return torch.cat(
-            [states.float().flatten(0, 1) for _, _, states in decoder.run(blocks, 1, (removed,))]
-        )
+    edit = Merges(merges)
+    with edit.applied(decoder.model):
+        run = decoder.run(blocks, 1, (edit.removed,))
+        return torch.cat([states.float().flatten(0, 1) for _, _, states in run])

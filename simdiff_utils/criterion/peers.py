@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils.settings import SimDiffError
 
 N_TAYLOR = 10  # samples of Shortened-LLM's calibration
 N_NEIGHBOURS = 25  # EntroDrop's k
@@ -42,7 +42,8 @@ def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
 
     Args:
         decoder: in memory: the gradients of all layers are held at once.
-        blocks: token ids [n_samples, seq_len]; a forward and a backward pass each.
+        blocks: token ids [n_samples, seq_len], of which the first `N_TAYLOR` are taken; a forward and a
+            backward pass each.
 
     Returns:
         float64 [n_layers].
@@ -56,7 +57,7 @@ def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
         for parameter in found:
             parameter.grad = None  # what is there already is not of these samples
             parameter.requires_grad_(id(parameter) in wanted)
-        for block in tqdm(blocks, desc="gradients", unit="sample", leave=False):
+        for block in tqdm(blocks[:N_TAYLOR], desc="gradients", unit="sample", leave=False):
             tokens = block[None].to(decoder.device)
             with torch.enable_grad():
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]

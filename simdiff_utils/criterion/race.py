@@ -7,24 +7,37 @@ all blocks.
 """
 
 import hashlib
-import json
 from collections.abc import Hashable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.perplexity import block_losses
-from simdiff_utils.engine.surgery import Merge, layers_merged
 from simdiff_utils.files import read_kept, write_kept
-from simdiff_utils.settings import SimDiffError
 
 Removed = frozenset[int]
+
+
+class Edit(Protocol):
+    """What is done to a model beside leaving layers out, for as long as a `with` block lasts.
+
+    Attributes:
+        key: names the edit in a file's path.
+    """
+
+    key: str
+
+    def applied(self, model: PreTrainedModel) -> AbstractContextManager:
+        """The model edited, and whole again afterwards."""
 
 
 @dataclass
@@ -50,17 +63,17 @@ class Evaluator:
         blocks: Tensor,
         batch_size: int = 2,
         folder: Path | None = None,
-        merges: tuple[Merge, ...] = (),
+        edit: Edit | None = None,
     ) -> None:
         """Take a model and token ids [n_blocks, seq_len]; losses are kept in `folder`, a file per set.
 
         The folder belongs to this model and these blocks: the caller names it after both.
 
         Args:
-            merges: weights merged before any layer is left out, see `surgery.layers_merged`.
+            edit: made before any layer is left out.
         """
         self._decoder, self._blocks, self._batch_size, self._folder = decoder, blocks, batch_size, folder
-        self._merges = merges
+        self._edit = edit
         self._known: dict[Removed, np.ndarray] = {}
         self.cost = Cost()
 
@@ -74,18 +87,12 @@ class Evaluator:
         """Blocks in all."""
         return len(self._blocks)
 
-    def merged(self, merges: tuple[Merge, ...]) -> "Evaluator":
-        """The same for the model with some layers' weights merged."""
-        if not merges:
+    def edited(self, edit: Edit | None) -> "Evaluator":
+        """The same for an edited model."""
+        if edit is None:
             return self
-        name = "merged-" + hashlib.sha256(json.dumps(merges).encode()).hexdigest()[:12]
-        return Evaluator(
-            self._decoder,
-            self._blocks,
-            self._batch_size,
-            self._folder and self._folder / name,
-            (*self._merges, *merges),
-        )
+        folder = self._folder and self._folder / edit.key
+        return Evaluator(self._decoder, self._blocks, self._batch_size, folder, edit)
 
     def losses(self, sets: Iterable[Removed], which: np.ndarray | None = None) -> np.ndarray:
         """Mean loss of every block without each set of layers, in nats per token.
@@ -187,7 +194,7 @@ class Evaluator:
         def count(_layer_idx: int, before: Tensor, _after: Tensor) -> None:
             self.cost.layer_tokens += before.shape[0] * before.shape[1]
 
-        with layers_merged(self._decoder.model, self._merges) if self._merges else nullcontext():
+        with self._edit.applied(self._decoder.model) if self._edit else nullcontext():
             losses = block_losses(self._decoder, self._blocks[blocks], sets, self._batch_size, observe=count)
         self.cost.head_tokens += len(sets) * len(blocks) * (self._blocks.shape[1] - 1)
         for removed, values in zip(sets, losses, strict=True):
@@ -239,3 +246,11 @@ def _contenders(losses: np.ndarray, n_blocks: int, doubt: float) -> np.ndarray:
     unseen = max(0.0, 1 - n_seen / n_blocks)
     margin = stats.t.ppf(1 - doubt, n_seen - 1) * behind.std(1, ddof=1) * np.sqrt(unseen / n_seen)
     return behind.mean(1) <= margin
+
+
+def verdict(same_set: bool, low: float, high: float) -> str:
+    """What an interval of a ratio of perplexities says: "same set", "better", "worse", or "no difference
+    shown" where it holds 1."""
+    if same_set:
+        return "same set"
+    return "better" if high < 1 else "worse" if low > 1 else "no difference shown"

@@ -5,15 +5,20 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from simdiff_utils import SimDiffError, registry
+from simdiff_utils.criterion.candidates import Candidate, Evidence
 from simdiff_utils.criterion.equations import choose_removed, fuse
 from simdiff_utils.criterion.race import Evaluator
-from simdiff_utils.settings import SimDiffError
 
 
 def leave_one_out(evaluator: Evaluator) -> np.ndarray:
-    """Losses without each single layer, float64 [n_layers, n_blocks] (Shortened-LLM's one-shot
-    perplexity)."""
+    """Losses without each single layer, float64 [n_layers, n_blocks]."""
     return evaluator.losses([frozenset({layer_idx}) for layer_idx in range(evaluator.n_layers)])
+
+
+def one_shot_scores(evaluator: Evaluator) -> np.ndarray:
+    """Mean loss without each single layer, float64 [n_layers] (Shortened-LLM, arXiv:2402.02834)."""
+    return leave_one_out(evaluator).mean(1)
 
 
 def greedy(evaluator: Evaluator, n_remove: int, protected: frozenset[int] = frozenset(), **race) -> list[int]:
@@ -43,6 +48,13 @@ def greedy(evaluator: Evaluator, n_remove: int, protected: frozenset[int] = froz
         (layer_idx,) = found - set(chosen)
         chosen.append(layer_idx)
     return chosen
+
+
+def sleb_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
+    """SLEB (arXiv:2402.09025): the set that greedy removal reaches."""
+    protected = registry.find("sleb").protected(evidence.n_layers)
+    race = {"confidence": evidence.confidence, "exact": evidence.exact}
+    return [Candidate(frozenset(greedy(evidence.evaluator(), n_remove, protected, **race)), "sleb")]
 
 
 def search_ternary(

@@ -6,17 +6,25 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from simdiff_utils import SimDiffError, registry
 from simdiff_utils.capture.statistics import LayerStatistics
-from simdiff_utils.criterion.equations import FORMS, choose_removed, fuse, normalise
+from simdiff_utils.criterion.equations import choose_removed, fuse, normalise
 
 
-def rank_scores(table: Mapping[str, np.ndarray], criterion: str, alpha: float) -> np.ndarray:
-    """Importance per layer, float64 [n_layers]: cosine distance alone, or a form of SimDiff at one alpha."""
-    return (
-        fuse(*normalise(table, criterion), alpha)
-        if criterion in FORMS
-        else np.asarray(table["cosine_distance"])
-    )
+def rank_scores(statistics: Mapping[str, np.ndarray], criterion: str, alpha: float) -> np.ndarray:
+    """Importance per layer, float64 [n_layers], of a criterion that sees the statistics alone.
+
+    Args:
+        alpha: at which a criterion ranks that fuses two measurements; any other has none.
+    """
+    found = registry.find(criterion)
+    if found.gives == "line":
+        return fuse(*normalise(statistics, criterion), alpha)
+    if found.gives != "scores" or found.sees != ("statistics",):
+        raise SimDiffError(
+            f"{criterion} gives no scores from the statistics alone, so they rank nothing by it."
+        )
+    return np.asarray(registry.load(criterion)(statistics), dtype=np.float64)
 
 
 def agree(one: np.ndarray, other: np.ndarray, n_remove: int) -> tuple[float, float]:
@@ -37,8 +45,7 @@ def measure_stability(
     """Agreement between two calibration draws of equal size, by bootstrap from the samples of one capture.
 
     Args:
-        alphas: criterion (`cosine` or a form of SimDiff) -> the alpha at which it ranks; cosine distance has
-            none.
+        alphas: criterion -> the alpha at which it ranks; cosine distance has none.
         sizes: samples in each draw (drawn with replacement from those captured).
 
     Returns:

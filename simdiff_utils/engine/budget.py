@@ -8,8 +8,8 @@ import psutil
 import torch
 from transformers import AutoConfig
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.weights import StoredWeights, skeleton
-from simdiff_utils.settings import SimDiffError
 
 _GIB = 2**30
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.budget import plan_memory
 from simdiff_utils.engine.load import (
     decoder_layers,
@@ -28,7 +29,6 @@ from simdiff_utils.engine.load import (
 )
 from simdiff_utils.engine.states import HiddenStates, split_prefixes
 from simdiff_utils.engine.weights import StreamedWeights
-from simdiff_utils.settings import SimDiffError, one_line
 
 Call = tuple[tuple, dict]  # what a layer is given beside the hidden states
 Observer = Callable[[int, Tensor, Tensor], None]

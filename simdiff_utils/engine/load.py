@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 def pick_device() -> torch.device:

@@ -8,8 +8,9 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder, Observer
-from simdiff_utils.settings import SimDiffError, check_removed
+from simdiff_utils.engine.surgery import check_removed
 
 CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
 _ROWS = (

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from simdiff_utils import SimDiffError, one_line, require
 from simdiff_utils.engine.load import decoder_layers, layers_replaced, text_config
 from simdiff_utils.engine.weights import skeleton
-from simdiff_utils.settings import SimDiffError, check_removed, one_line
 
 Renumbering = list[tuple[nn.Module, str, int]]  # module, attribute, its new value
 Merge = tuple[int, tuple[int, ...]]  # a layer that stays, and the layers whose weights are folded into it
@@ -92,6 +92,15 @@ def layers_merged(model: PreTrainedModel, merges: tuple[Merge, ...]) -> Iterator
                 theta = before.float()
                 parameter.copy_(theta + sum(other[name].to(theta) - theta for other in others))
         yield
+
+
+def check_removed(removed: frozenset[int], n_layers: int) -> None:
+    """Refuse a set of layers to remove that names no layer of the model, or all of them."""
+    require(
+        removed <= set(range(n_layers)) and len(removed) < n_layers,
+        f"cannot remove layers {sorted(removed)} of a model with layers 0 to {n_layers - 1}; "
+        "name indices in that range and leave one.",
+    )
 
 
 def keep(removed: frozenset[int], n_layers: int) -> list[int]:

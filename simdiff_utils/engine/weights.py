@@ -21,8 +21,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import logging
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import decoder_layers, pick_device
-from simdiff_utils.settings import SimDiffError
 
 
 @dataclass(frozen=True)

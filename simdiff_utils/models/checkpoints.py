@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simdiff_utils import assets
+from simdiff_utils import SimDiffError, assets, one_line
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
 from simdiff_utils.models import shapes
 from simdiff_utils.models.names import (
@@ -24,7 +24,6 @@ from simdiff_utils.models.names import (
     read_model_name,
 )
 from simdiff_utils.models.own_code import needs_own_code, trust_code
-from simdiff_utils.settings import SimDiffError, one_line
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoin
             label = name
         case _:
             label = Path(name).resolve().name
-    return Checkpoint(folder, label, _hash_checkpoint(folder), name if kind == "hub" else None)
+    return Checkpoint(folder, label, hash_checkpoint(folder), name if kind == "hub" else None)
 
 
 def checkpoint_folder(model: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
@@ -145,7 +144,7 @@ def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> Non
         )
 
 
-def _hash_checkpoint(folder: Path) -> str:
+def hash_checkpoint(folder: Path) -> str:
     code = sorted(folder.glob("*.py")) if needs_own_code(folder) else []
     return _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors")), *code])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import errors
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CODE_FILES = ["*.py"]  # of a model that brings code of its own

@@ -12,8 +12,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.files import read_json
-from simdiff_utils.settings import SimDiffError
 
 _TRUSTED = "SIMDIFF_TRUSTED_CODE"  # the folder whose code the fresh processes that a run starts may run, too
 

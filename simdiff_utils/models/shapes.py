@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.assets import cache_dir
 from simdiff_utils.engine.load import decoder_layers, pick_device
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, write_json, write_whole
-from simdiff_utils.settings import SimDiffError
 
 # The paper's models: hub id -> model_type and the sizes its config states.
 _QWEN = dict(model_type="qwen2", vocab_size=151936, tie_word_embeddings=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.surgery import keep, plan_cut
 from simdiff_utils.engine.weights import StoredTensor, StoredWeights, skeleton
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
 from simdiff_utils.pruning.card import write_companions
-from simdiff_utils.settings import SimDiffError, one_line
 
 _SHARD_BYTES = 5 * 10**9
 _MERGEKIT = """# The same cut by mergekit: mergekit-yaml mergekit.yaml OUTPUT

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from simdiff_utils.settings import SimDiffError, one_line, repository_root
+from simdiff_utils import SimDiffError, one_line
+from simdiff_utils.files import repository_root
 
 # The template Alpaca's rows were made for: the first where a row brings an input of its own, the second where
 # not.

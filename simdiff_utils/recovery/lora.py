@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers, text_config
 from simdiff_utils.files import read_json, write_json
 from simdiff_utils.recovery.data import TrainingRows, pad_rows, pad_token_id
 from simdiff_utils.recovery.distillation import distillation_loss, last_states
-from simdiff_utils.settings import SimDiffError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _COMPLETE = "complete.json"  # written last into a checkpoint: a kill while it is saved leaves none

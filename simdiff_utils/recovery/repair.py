@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder, Through
 from simdiff_utils.engine.load import text_config
 from simdiff_utils.engine.perplexity import CHUNK
 from simdiff_utils.engine.surgery import keep
 from simdiff_utils.recovery.writers import difference, find_writers, hooked, ignores_scale
-from simdiff_utils.settings import SimDiffError
 
 REPAIRS = ("magnitude", "linear")
 STRENGTHS = (1e-6, 1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in mean squares of a feature

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from simdiff_utils.speed.timing import Protocol, prefill
 
 _N_TRIES = 7

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from simdiff_utils.fresh import run_fresh
+from simdiff_utils.engine.fresh import run_fresh
 from simdiff_utils.models.own_code import trust_as_parent
 from simdiff_utils.provenance import peak_memory_gib
 from simdiff_utils.speed.timing import Protocol, decode, fill_cache, prefill

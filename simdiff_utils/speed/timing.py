@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.surgery import keep, layers_removed
-from simdiff_utils.settings import SimDiffError, one_line
 
 
 @dataclass(frozen=True)

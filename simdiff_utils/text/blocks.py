@@ -6,7 +6,7 @@ import torch
 from torch import LongTensor
 from tqdm.auto import tqdm
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTensor:

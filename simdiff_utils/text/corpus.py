@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from simdiff_utils import assets
-from simdiff_utils.settings import SimDiffError, one_line, repository_root
+from simdiff_utils import SimDiffError, assets, one_line
+from simdiff_utils.files import repository_root
 from simdiff_utils.text.wikipedia import load_articles
 
 SPLITS = ("train", "validation", "test")

@@ -15,7 +15,8 @@ from simdiff_utils.criterion.equations import FORMS, normalise
 from simdiff_utils.engine import load as models
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
 from simdiff_utils.models.checkpoints import checkpoint_folder
-from simdiff_utils.settings import SimDiffError, repository_root
+from simdiff_utils import SimDiffError
+from simdiff_utils.files import repository_root
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 

@@ -8,7 +8,7 @@ import pytest
 
 from simdiff_utils.comparison.tasks import sources as task_sources
 from simdiff_utils.comparison.tasks.load import MissingData, TaskData
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from tests.helpers import write_rows
 
 PIQA = [

@@ -18,7 +18,9 @@ from simdiff_utils.comparison.tasks.evaluate import SUITES, evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
 from simdiff_utils.criterion.propose import METHODS
 from simdiff_utils.engine.surgery import layers_merged, layers_removed
-from simdiff_utils.settings import CRITERIA, Settings, SimDiffError
+from simdiff_utils import SimDiffError
+from simdiff_utils.registry import CRITERIA
+from simdiff_utils.settings import Settings
 from simdiff_utils.stages import Run
 
 GRID = [1, 2]

@@ -26,7 +26,7 @@ from simdiff_utils.comparison.tasks.lm import SetsLM
 from simdiff_utils.comparison.tasks.load import TaskData
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
 from simdiff_utils.pruning.export import export_pruned
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from tests.helpers import SETS, build_by_hand, words, write_rows
 
 DENSE = frozenset()

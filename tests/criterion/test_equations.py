@@ -22,7 +22,7 @@ from simdiff_utils.criterion.equations import (
     normalise_difference,
     normalise_similarity,
 )
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 settings.register_profile("simdiff", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("simdiff")

@@ -25,7 +25,8 @@ from simdiff_utils.criterion.propose import METHODS, Evidence, count_passes
 from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils.settings import CRITERIA, SimDiffError
+from simdiff_utils import SimDiffError
+from simdiff_utils.registry import CRITERIA
 from tests.helpers import FAMILIES, MIXED, VOCAB_SIZE, logits_of
 
 N_LAYERS = 9  # Shortened-LLM's methods protect six

@@ -15,7 +15,8 @@ from simdiff_utils.criterion.propose import (
     count_passes,
     summarise_forms,
 )
-from simdiff_utils.settings import CRITERIA, SimDiffError
+from simdiff_utils import SimDiffError
+from simdiff_utils.registry import CRITERIA
 
 N_LAYERS, N_SAMPLES, SEQ_LEN = 8, 4, 10
 NUMBERS = range(1, N_LAYERS)

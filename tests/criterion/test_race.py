@@ -13,7 +13,7 @@ from simdiff_utils.criterion.race import Cost, Evaluator
 from simdiff_utils.criterion.search import greedy, leave_one_out
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.perplexity import block_losses
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from tests.helpers import N_LAYERS, SETS, VOCAB_SIZE, merge_by_hand
 
 DENSE = frozenset()

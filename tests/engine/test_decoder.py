@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from simdiff_utils.engine import budget as memory
 from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
 
 TINY = dict(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from simdiff_utils.engine.load import decoder_layers, decoder_stack, generate_text, layers_path, pick_dtype
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 @pytest.mark.parametrize(

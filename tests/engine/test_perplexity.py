@@ -16,7 +16,7 @@ from simdiff_utils.engine.perplexity import (
     perplexity_interval,
 )
 from simdiff_utils.engine.surgery import layers_removed
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 @torch.inference_mode()

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from simdiff_utils import provenance, results
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
-from simdiff_utils.settings import SimDiffError, repository_root
+from simdiff_utils import SimDiffError
+from simdiff_utils.files import repository_root
 
 
 def listing(folder) -> list[str]:

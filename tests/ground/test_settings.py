@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from papermill.translators import PythonTranslator
 
-from simdiff_utils.settings import (
-    CRITERIA,
-    Settings,
-    SimDiffError,
-    check_n_remove,
-    from_notebook,
-    repository_root,
-)
+from simdiff_utils import SimDiffError
+from simdiff_utils.parameters import from_notebook
+from simdiff_utils.files import repository_root
+from simdiff_utils.run import check_n_remove
+from simdiff_utils.registry import CRITERIA
+from simdiff_utils.settings import Settings
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -164,7 +162,7 @@ def test_the_key_changes_with_what_the_stage_depends_on_and_with_nothing_else():
 
 
 def test_the_key_is_the_same_in_another_process():
-    script = 'from simdiff_utils.settings import Settings; print(Settings().key(("seed", "n_remove_grid"), model="m"))'
+    script = 'from simdiff_utils.settings import Settings; printSettings.key"seed", "n_remove_grid", model="m"'
     keys = {
         subprocess.run(
             [sys.executable, "-c", script],
@@ -286,7 +284,7 @@ def test_a_real_kernel_keeps_the_cells_and_shows_the_sentence_alone(tmp_path, ca
     for cell in (
         PARAMETERS,
         inject(n_remove=9),
-        "from simdiff_utils.settings import from_notebook",
+        "from simdiff_utils.settings import from_notebook"
         "found = from_notebook(globals())",
     ):
         shell.run_cell(cell, store_history=True).raise_error()

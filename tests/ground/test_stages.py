@@ -20,8 +20,9 @@ from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.perplexity import perplexity
 from simdiff_utils.engine.surgery import layers_removed
 from simdiff_utils.run import is_sound
-from simdiff_utils.settings import CRITERIA as EVERY
-from simdiff_utils.settings import Settings, SimDiffError
+from simdiff_utils.registry import CRITERIA as EVERY
+from simdiff_utils import SimDiffError
+from simdiff_utils.settings import Settings
 from simdiff_utils.stages import Run
 
 GRID = [1, 2, 4]

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from simdiff_utils.engine.load import load_model, load_tokenizer, pick_device
 from simdiff_utils.models import checkpoints
 from simdiff_utils.models.checkpoints import resolve_checkpoint
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 @pytest.fixture

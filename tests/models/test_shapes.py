@@ -8,7 +8,7 @@ from simdiff_utils.engine.decoder import open_decoder, stream_decoder
 from simdiff_utils.models import shapes
 from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.shapes import PAPER_MODELS, SHAPES, count_parameters, shape_folder
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 # Published on the models' own pages.
 KNOWN_PARAMETERS = {

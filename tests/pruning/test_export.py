@@ -20,7 +20,7 @@ from simdiff_utils.files import read_json
 from simdiff_utils.models.checkpoints import checkpoint_folder
 from simdiff_utils.pruning import export
 from simdiff_utils.pruning.export import export_pruned, export_recovered, verify_export
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
 
 FACTS = {

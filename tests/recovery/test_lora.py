@@ -19,7 +19,7 @@ from simdiff_utils.recovery import lora as recovery
 from simdiff_utils.recovery.data import block_rows
 from simdiff_utils.recovery.distillation import distillation_loss
 from simdiff_utils.recovery.lora import PRESETS, Recipe, lora_config, recipe_for, train_lora
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 TINY = Recipe(
     data="text",

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.models.shapes import paper_config
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from simdiff_utils.speed.bound import (
     Rates,
     Work,

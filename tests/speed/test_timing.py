@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from simdiff_utils.speed import timing as speed
 from simdiff_utils.speed.memory import measure_peak_memory
 from simdiff_utils.speed.parts import time_parts

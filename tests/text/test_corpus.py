@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from simdiff_utils import assets
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 from simdiff_utils.text import blocks, wikipedia
 from simdiff_utils.text import corpus as text
 

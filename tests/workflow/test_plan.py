@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simdiff_utils.settings import Settings, SimDiffError
+from simdiff_utils import SimDiffError
+from simdiff_utils.settings import Settings
 from workflow.plan import ASKED, NOTEBOOKS, NotebookRun, declared, plan_runs, read_config
 
 FOLDER = Path(__file__).parents[2] / "notebooks"

@@ -24,10 +24,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.comparison.tasks.load import TaskData, TaskRows
 from simdiff_utils.engine.decoder import Decoder
+from simdiff_utils.engine.surgery import check_removed
 from simdiff_utils.files import read_kept, write_kept
-from simdiff_utils.settings import SimDiffError, check_removed
 
 Removed = frozenset[int]
 

@@ -13,10 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.perplexity import CHUNK, rows_in_cache
 from simdiff_utils.engine.surgery import layers_removed
-from simdiff_utils.settings import SimDiffError
 
 Removed = frozenset[int]
 Answers = list[

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.comparison.tasks import sources as task_sources
 from simdiff_utils.comparison.tasks.sources import SPLIT_KEYS, named_splits
-from simdiff_utils.settings import SimDiffError, one_line
 
 if TYPE_CHECKING:  # both are slow to import, and not needed until there is a task
     from datasets import Dataset

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simdiff_utils import assets
-from simdiff_utils.settings import SimDiffError, one_line
+from simdiff_utils import SimDiffError, assets, one_line
 
 if TYPE_CHECKING:  # slow to import, and not needed until there is a task
     from datasets import Dataset

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from simdiff_utils.settings import SimDiffError
+from simdiff_utils import SimDiffError
 
 
 def run_fresh(
@@ -23,9 +23,9 @@ def run_fresh(
     Raises:
         SimDiffError: the process failed; its last line is in the sentence.
     """
-    package_parent = str(Path(__file__).resolve().parents[1])
+    package_parent = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "simdiff_utils.fresh", function, json.dumps(arguments)]
+    command = [sys.executable, "-m", "simdiff_utils.engine.fresh", function, json.dumps(arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | (environment or {})
     )
