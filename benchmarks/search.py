@@ -79,8 +79,7 @@ class Bench:
             print(name, {k: v for k, v in row.items() if k not in ("job", "losses")}, flush=True)
         return self.ledger[name]
 
-    # ---- jobs
-    # ------------------------------------------------------------------------------------------------------
+    # ---- jobs ------------------------------------------------------------------------------------
 
     def candidates(self, method: str, n_remove: int) -> list[frozenset[int]]:
         return list(
@@ -177,8 +176,7 @@ class Bench:
     def lines(self, form: str) -> tuple[np.ndarray, np.ndarray]:
         return normalise(self.statistics.table(), form)
 
-    # ---- the table
-    # -------------------------------------------------------------------------------------------------
+    # ---- the table -------------------------------------------------------------------------------
 
     def rates(self) -> tuple[float, float]:
         """Seconds of a full pass per layer, and of the rest of it, fitted to the plain passes."""

@@ -93,8 +93,7 @@ class Grid:
             raise RuntimeError(f"the grid did not get through:\n{said}")
         return said
 
-    # ---- what is going on
-    # -----------------------------------------------------------------------------------------
+    # ---- what is going on ------------------------------------------------------------------------
 
     def phase(self) -> str | None:
         """What a notebook is doing, by what lies in the run folder: one of PHASES, or None for anything
@@ -156,8 +155,7 @@ class Grid:
             self.process.communicate()
         return bool(chosen)
 
-    # ---- what is there
-    # --------------------------------------------------------------------------------------------
+    # ---- what is there ---------------------------------------------------------------------------
 
     def results(self) -> dict[str, int]:
         """Result file -> when it was written (ns)."""

@@ -77,8 +77,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-# ---- the code behind a result
-# -------------------------------------------------------------------------------
+# ---- the code behind a result --------------------------------------------------------------------
 
 
 _PACKAGE = Path(__file__).parent
@@ -87,8 +86,8 @@ _PACKAGE = Path(__file__).parent
 def code_files(module: str) -> list[Path]:
     """The files that what a room computes depends on: its own, and those of all rooms that it imports.
 
-    A room is a folder of this package, or a module beside them. Pictures (`plots.py`) compute nothing, and of the
-    settings it is the values that a key holds.
+    A room is a folder of this package, or a module beside them. Pictures (`plots.py`) compute nothing, and of
+    the settings it is the values that a key holds.
 
     Args:
         module: such as "simdiff_utils.capture"; "simdiff_utils" is all of it.

@@ -82,8 +82,7 @@ class Run:
             self.shared[name] = make()
         return self.shared[name]
 
-    # ---- what is read
-    # --------------------------------------------------------------------------------------------
+    # ---- what is read ----------------------------------------------------------------------------
 
     @property
     def decoder(self) -> Decoder:
@@ -129,8 +128,7 @@ class Run:
         seed = self.settings.seed if split == "train" else None
         return draw_blocks(self.split_blocks(split), getattr(self.settings, name), seed, parameter=name)
 
-    # ---- what is made
-    # --------------------------------------------------------------------------------------------
+    # ---- what is made ----------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:

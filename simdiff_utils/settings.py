@@ -7,9 +7,10 @@ stands.
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.registry import CRITERIA, is_criterion
@@ -17,13 +18,7 @@ from simdiff_utils.registry import CRITERIA, is_criterion
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPAIRS = ("none", "magnitude", "linear")
 TRAININGS = ("none", "lora", "distillation")
-_TYPES = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    float | str: "a number or a text",
-}
+_TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _must(fits: Callable[[object], bool], words: str) -> AfterValidator:
@@ -59,20 +54,16 @@ def _list_of(what: str, fits: Callable[[object], bool], items: str, empty: bool 
     return BeforeValidator(check)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
 Count = Annotated[int, _must(lambda n: n >= 1, "be at least 1")]
 Tokens = Annotated[int, _must(lambda n: n >= 2, "be at least 2 tokens")]
 OrOff = _must(lambda x: x >= 0, "be 0 (off) or more")
 Inside = _must(lambda x: 0 < x < 1, "lie between 0 and 1")
+Prompt = Annotated[str, _must(str.strip, "hold a word to start from")]
 Dtype = Annotated[str, _one_of(*DTYPES)]
-_COUNTS, _CRITERIA = "whole numbers of at least 1, got", f"some of {', '.join(CRITERIA)}; got"
-Counts = Annotated[list[int], _list_of("whole numbers", _is_count, _COUNTS)]
-CountsOrNone = Annotated[list[int], _list_of("whole numbers", _is_count, _COUNTS, empty=True)]
-Criteria = Annotated[list[str], _list_of("texts", is_criterion, _CRITERIA)]
-CriteriaOrNone = Annotated[list[str], _list_of("texts", is_criterion, _CRITERIA, empty=True)]
+_counts = partial(
+    _list_of, "whole numbers", lambda n: type(n) is int and n >= 1, "whole numbers of at least 1, got"
+)
+_criteria = partial(_list_of, "texts", is_criterion, f"some of {', '.join(CRITERIA)}; got")
 
 
 def _check_alpha(alpha: float | str) -> float | str:
@@ -83,8 +74,7 @@ def _check_alpha(alpha: float | str) -> float | str:
     return alpha
 
 
-# ---- groups: n_ counts, lengths are in tokens
-# -----------------------------------------------------------------------
+# ---- groups; n_ counts, lengths are in tokens ----------------------------------------------------
 
 
 class Group(BaseModel):
@@ -94,10 +84,12 @@ class Group(BaseModel):
 
 
 class Sources(Group):
-    """What is pruned, and on what text: they enter a key by the hashes of what they name."""
+    """What is pruned, on what text, and a pruned checkpoint that is there: in a key by the hashes of what
+    they name."""
 
     model: str = "embedded:smollm2-135m-instruct"
     text: str = "embedded:wikipedia"
+    pruned: str = ""
 
 
 class Handling(Group):
@@ -106,9 +98,7 @@ class Handling(Group):
     batch_size: Count = 2
     memory_gib: Annotated[float, OrOff] = 0.0
     trust_remote_code: bool = False
-    prompt: Annotated[str, _must(str.strip, "hold a word to start from")] = (
-        "Albert Einstein was a physicist who"
-    )
+    prompt: Prompt = "Albert Einstein was a physicist who"
     max_perplexity_ratio: Annotated[float, OrOff] = 0.0
     export_to: str = ""
     overwrite: bool = False
@@ -146,16 +136,13 @@ class ChoiceSettings(Group):
 
 
 class TableSettings(Group):
-    """What is laid side by side, on the test split; `pruned` names a checkpoint in the place of a choice."""
+    """What is laid side by side, on the test split."""
 
-    criteria: Criteria = Field(
-        default_factory=lambda: ["cosine", "mssd", "masd", "log-mssd", "relative", "portfolio"]
-    )
-    n_remove_grid: Counts = Field(default_factory=lambda: [3, 6, 8, 9, 12])
-    pruned: str = ""
+    criteria: Annotated[list[str], _criteria()] = "cosine mssd masd log-mssd relative portfolio".split()
+    n_remove_grid: Annotated[list[int], _counts()] = [3, 6, 8, 9, 12]
 
 
-class TestSettings(Group):
+class ReportSettings(Group):
     """What is reported: blocks of the test split, which chooses nothing."""
 
     n_test: Count = 8
@@ -179,7 +166,7 @@ class TrainingSettings(Group):
     max_steps: Annotated[int, OrOff] = 0
     micro_batch_size: Annotated[int, OrOff] = 0
     max_length: Annotated[int, OrOff] = 0
-    target_modules: list[str] = Field(default_factory=list)
+    target_modules: list[str] = []
     train_dtype: Dtype = "auto"
     gradient_checkpointing: bool = False
     report_to: Annotated[str, _one_of("none", "tensorboard")] = "none"
@@ -190,13 +177,13 @@ class SpeedSettings(Group):
 
     speed_dtype: Dtype = "auto"
     protocol: Annotated[str, _one_of("demo", "interactive", "prefill", "paper")] = "demo"
-    speed_batch_sizes: CountsOrNone = Field(default_factory=list)
+    speed_batch_sizes: Annotated[list[int], _counts(empty=True)] = []
     prompt_len: Annotated[int, OrOff] = 0
     n_new_tokens: Annotated[int, OrOff] = 0
     n_timed_steps: Annotated[int, OrOff] = 0
     n_pairs: Count = 5
     compiled: bool = False
-    speed_grid: CountsOrNone = Field(default_factory=list)
+    speed_grid: Annotated[list[int], _counts(empty=True)] = []
 
 
 class ComparisonSettings(Group):
@@ -206,10 +193,8 @@ class ComparisonSettings(Group):
     window_len: Tokens = 2048
     n_windows: Count = 64
     suite: Annotated[str, _one_of("zero_shot", "nlu")] = "zero_shot"
-    task_criteria: CriteriaOrNone = Field(
-        default_factory=lambda: ["cosine", "mssd", "masd", "sleb", "portfolio"]
-    )
-    task_grid: CountsOrNone = Field(default_factory=lambda: [3, 6])
+    task_criteria: Annotated[list[str], _criteria(empty=True)] = "cosine mssd masd sleb portfolio".split()
+    task_grid: Annotated[list[int], _counts(empty=True)] = [3, 6]
     task_limit: Annotated[int, OrOff] = 200
     n_stories: Annotated[int, OrOff] = 100
 
@@ -221,7 +206,7 @@ class Settings(
     SearchSettings,
     ChoiceSettings,
     TableSettings,
-    TestSettings,
+    ReportSettings,
     RepairSettings,
     TrainingSettings,
     SpeedSettings,
@@ -262,9 +247,8 @@ def _sentence(error: dict, given: dict) -> str:
     if name not in Settings.model_fields:
         return f"there is no setting {name}; see simdiff_utils/settings.py."
     kind, value = Settings.model_fields[name].annotation, given[name]
+    words = _TYPES.get(kind, "a number or a text" if kind == float | str else "a list of texts")
     hint = (
-        " (YAML reads 1e-4 as a text: write 1.0e-4 or 0.0001)"
-        if kind is float and isinstance(value, str)
-        else ""
+        " (YAML reads 1e-4 as a text: write 1.0e-4 or 0.0001)" if (kind, type(value)) == (float, str) else ""
     )
-    return f"{name} must be {_TYPES.get(kind, 'a list of texts')}, got {value!r}{hint}."
+    return f"{name} must be {words}, got {value!r}{hint}."

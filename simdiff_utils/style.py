@@ -18,7 +18,8 @@ NAMES = {name: look["label"] for name, look in _MODELS.items()} | {
 
 
 def look(name: str, **changes: object) -> dict[str, object]:
-    """Colour, marker, line and label of a criterion, or of the dense, pruned or recovered model, for `axis.plot`.
+    """Colour, marker, line and label of a criterion, or of the dense, pruned or recovered model, for
+    `axis.plot`.
 
     Args:
         changes: what is to be different in this picture.

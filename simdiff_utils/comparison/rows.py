@@ -79,8 +79,7 @@ def chosen_sets(run: Run) -> pd.DataFrame:
     return pd.DataFrame(chosen)
 
 
-# ---- perplexity
-# ------------------------------------------------------------------------------------------------------
+# ---- perplexity ----------------------------------------------------------------------------------
 
 
 def windows(run: Run) -> LongTensor:
@@ -154,8 +153,7 @@ def _window_losses(run: Run, chosen: pd.DataFrame, which: np.ndarray) -> list[np
     return [evaluators[edit].losses([removed], which)[0] for edit, removed in models]
 
 
-# ---- tasks
-# -----------------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 def _task_rows(run: Run, chosen: pd.DataFrame) -> Iterator[dict]:

@@ -95,8 +95,7 @@ def summarise_paths(evidence: Evidence, grid: list[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# ---- criteria that fuse two measurements
-# -----------------------------------------------------------------------------
+# ---- criteria that fuse two measurements ---------------------------------------------------------
 
 
 def _line_sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate]:
@@ -132,8 +131,7 @@ def search_probes(criterion: str, evidence: Evidence, n_remove: int) -> pd.DataF
     )
 
 
-# ---- criteria that give sets
-# -----------------------------------------------------------------------------------------
+# ---- criteria that give sets ---------------------------------------------------------------------
 
 
 def angular_sets(evidence: Evidence, n_remove: int, n_blocks: int = 1) -> list[Candidate]:

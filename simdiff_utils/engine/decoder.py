@@ -76,8 +76,7 @@ class Decoder:
         self._stubs = nn.ModuleList([_Stub(self, layer) for layer in self._layers])
         self._refuse_entangled_layers()
 
-    # ---- parts
-    # -----------------------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden states [batch, seq, d] that enter layer 0, and how each layer is called; no layer is
@@ -160,8 +159,7 @@ class Decoder:
                     f"than its hidden states ({differing[0]})."
                 )
 
-    # ---- passes
-    # ----------------------------------------------------------------------------------------------
+    # ---- passes ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(

@@ -15,10 +15,10 @@ from simdiff_utils.files import check_disk, read_json, write_whole
 from simdiff_utils.provenance import describe_machine
 from simdiff_utils.pruning.export import export_pruned, refuse_existing, verify_export
 from simdiff_utils.run import Run, check_n_remove, hash_blocks
-from simdiff_utils.settings import ChoiceSettings, TestSettings
+from simdiff_utils.settings import ChoiceSettings, ReportSettings
 
 ROOM = "simdiff_utils.pruning"
-GROUPS = (*criterion.GROUPS, ChoiceSettings, TestSettings)
+GROUPS = (*criterion.GROUPS, ChoiceSettings, ReportSettings)
 
 
 def check_room(run: Run) -> None:

@@ -161,8 +161,7 @@ def _relative(target: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return t / size, h / size, size
 
 
-# ---- the two forms
-# ---------------------------------------------------------------------------------------------------
+# ---- the two forms -------------------------------------------------------------------------------
 
 
 def _fit_linear(

@@ -58,8 +58,7 @@ def healed_checkpoint(run: Run) -> Path:
     return repaired_checkpoint(run) if run.settings.training == "none" else train(run) / "model"
 
 
-# ---- repair
-# ----------------------------------------------------------------------------------------------------------
+# ---- repair --------------------------------------------------------------------------------------
 
 
 def repaired_checkpoint(run: Run) -> Path:
@@ -85,8 +84,7 @@ def _repair_folder(run: Run) -> Path:
     return run.stage("repair", ROOM, REPAIR, make, pruned=hash_checkpoint(pruned))
 
 
-# ---- training
-# --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def recipe(run: Run) -> Recipe:
@@ -180,8 +178,7 @@ def _write(run: Run, trained: Trained, rows: TrainingRows, start: Path, work: Pa
     }
 
 
-# ---- the ladder
-# ------------------------------------------------------------------------------------------------------
+# ---- the ladder ----------------------------------------------------------------------------------
 
 
 def compare_rungs(run: Run, rungs: list[tuple[str, str]]) -> pd.DataFrame:

@@ -61,8 +61,7 @@ MAX_WARM_UP, STABLE = 4, 0.05  # untimed rounds until two differ by less than th
 Step = Callable[..., object]  # the model's forward, as it is or compiled
 
 
-# ---- what is timed
-# -------------------------------------------------------------------------------------------------
+# ---- what is timed -------------------------------------------------------------------------------
 @contextmanager
 def without_layers(model: PreTrainedModel, removed: frozenset[int]) -> Iterator[PreTrainedModel]:
     """A second model without some layers, on the very weights of the first: both can be timed, neither is
@@ -104,8 +103,7 @@ def compile_step(model: PreTrainedModel) -> Step:
     return torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
 
 
-# ---- one run
-# -------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
     """One pass over [batch, length] into an empty KV cache (the model's own kind where none is given).
@@ -214,8 +212,7 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-# ---- measuring
-# -----------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 def measure_speed(
     dense: PreTrainedModel,
     pruned: dict[frozenset[int], PreTrainedModel],

@@ -75,8 +75,7 @@ def as_lm_eval_does(model, tokenizer, **options) -> HFLM:
     return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3, **options)
 
 
-# ---- answers
-# ---------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
@@ -141,8 +140,7 @@ def test_no_logits_are_kept_for_a_gradient(llama, tokenizer, monkeypatch):
     assert seen and not any(each.requires_grad for each in seen)  # else all of a task's stay until its end
 
 
-# ---- results
-# ---------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def lm_evals_results(model, tokenizer, data, task, limit=None) -> dict[str, tuple]:
@@ -243,8 +241,7 @@ def test_few_shot_examples_and_chat_template_reach_the_model(llama, tokenizer, d
     assert len({tuple(table["value"]) for table in tables}) == 3  # another question, another answer
 
 
-# ---- kept results
-# ----------------------------------------------------------------------------------------------
+# ---- kept results --------------------------------------------------------------------------------
 
 
 class Loader:
@@ -351,8 +348,7 @@ def test_nothing_outside_is_changed(llama, tokenizer, data, capfd, caplog):
     assert tokenizer.padding_side == as_it_was
 
 
-# ---- averages
-# --------------------------------------------------------------------------------------------------
+# ---- averages ------------------------------------------------------------------------------------
 
 
 def table_of(values: dict[str, float], removed=(), stderr: float = 0.02) -> pd.DataFrame:
@@ -402,8 +398,7 @@ def test_suites_are_the_papers_and_blank_cells_have_sentences():
         average_accuracy(pd.concat([table_of({"piqa": 0.5})] * 2))
 
 
-# ---- refusals
-# --------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -445,8 +440,7 @@ def test_requests_that_cannot_be_answered_are_one_sentence(llama, tokenizer):
         answers.loglikelihood([Instance("loglikelihood", {}, ("w3", " w4"), 0)])
 
 
-# ---- the command line
-# ------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -49,8 +49,7 @@ MATRICES = {  # what Mag and Taylor sum over, by hand
 }
 
 
-# ---- the models, and the formulas by hand
-# --------------------------------------------------------------------------
+# ---- the models, and the formulas by hand --------------------------------------------------------
 
 
 class Oracle:
@@ -241,8 +240,7 @@ def refusal(call, *args, **kwargs):
     return sentence
 
 
-# ---- random, tail
-# ----------------------------------------------------------------------------------------------------
+# ---- random, tail --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -316,8 +314,7 @@ def test_tail_and_random_look_at_nothing_but_the_number_of_layers(small):
             assert METHODS[method].propose(bare, k) == METHODS[method].propose(given, k)
 
 
-# ---- ShortGPT, angular block
-# -----------------------------------------------------------------------------------------
+# ---- ShortGPT, angular block ---------------------------------------------------------------------
 
 
 def cosine(a, b):
@@ -338,8 +335,7 @@ def test_angular_is_the_block_over_which_the_last_token_turns_least(peer, states
         assert peer.chosen("angular", k) == set(range(first, first + k))
 
 
-# ---- magnitude
-# -------------------------------------------------------------------------------------------------------
+# ---- magnitude -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*NAMES, "gpt-oss"])
@@ -380,8 +376,7 @@ def test_a_magnitude_is_summed_in_float64(deep):
     np.testing.assert_allclose(peers.magnitude_scores(Decoder(model)), expected, rtol=1e-9)
 
 
-# ---- Taylor
-# ----------------------------------------------------------------------------------------------------------
+# ---- Taylor --------------------------------------------------------------------------------------
 
 
 def gradients_by_hand(oracle, name, blocks):
@@ -485,8 +480,7 @@ def test_taylor_leaves_gradients_and_weights_as_they_were(deep, monkeypatch, fai
     assert not model.training
 
 
-# ---- searches: one-shot perplexity, SLEB, windows
-# -----------------------------------------------------------------
+# ---- searches: one-shot perplexity, SLEB, windows ------------------------------------------------
 
 
 def test_one_shot_ranks_the_losses_without_each_single_layer(peer):
@@ -544,8 +538,7 @@ def test_sleb_takes_neither_the_first_nor_the_last_layer_however_good(made_up, n
     assert METHODS["sleb"].propose(evidence, n_remove)[0].removed == set(order[2 : 2 + n_remove])
 
 
-# ---- EntroDrop
-# -------------------------------------------------------------------------------------------------------
+# ---- EntroDrop -----------------------------------------------------------------------------------
 
 
 def log_distance(states, k):
@@ -633,8 +626,7 @@ def test_equal_words_leave_layer_0_the_last_to_go(small):
     assert np.isfinite(found).all() and found.argmax() == 0
 
 
-# ---- LaCo
-# ------------------------------------------------------------------------------------------------------------
+# ---- LaCo ----------------------------------------------------------------------------------------
 
 
 def walk_by_hand(n_layers, similarity, threshold, n_remove, span, interval):
@@ -844,8 +836,7 @@ def test_laco_refuses_layers_that_are_not_built_alike(make_tiny):
     assert all(torch.equal(tensor, weights[n]) for n, tensor in model.state_dict().items())
 
 
-# ---- all of them: what they may look at, what they protect, what they leave behind
-# ----------------------------------
+# ---- all of them: what they may look at, what they protect, what they leave behind ---------------
 
 LOOKS_AT = {
     "magnitude": {"decoder"},

@@ -198,8 +198,7 @@ def test_a_form_is_called_shortgpt_only_where_it_chooses_nothing_else():
     assert not summary.loc["log-mssd", "shortgpt"] and summary.loc["log-mssd", "saturated"] == 0
 
 
-# ---- what every method costs
-# ---------------------------------------------------------------------------------------
+# ---- what every method costs ---------------------------------------------------------------------
 
 
 def test_the_published_counts_of_passes_come_out():

@@ -80,8 +80,7 @@ def best_of(table, sets=None):
     return min(sets or table, key=lambda removed: table[removed].mean())
 
 
-# ---- losses and cost
-# -------------------------------------------------------------------------------------------------
+# ---- losses and cost -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
@@ -176,8 +175,7 @@ def test_sets_that_name_no_layers_are_refused(llama, blocks):
         Evaluator(Decoder(llama), blocks).losses([frozenset({6})])
 
 
-# ---- merged weights
-# --------------------------------------------------------------------------------------------------
+# ---- merged weights ------------------------------------------------------------------------------
 
 MERGES, FOLDED = ((3, (4,)), (1, (2, 3))), frozenset({2, 3, 4})
 
@@ -245,8 +243,7 @@ def test_weights_are_whole_again_where_losses_fail(llama, blocks, monkeypatch):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in llama.state_dict().items())
 
 
-# ---- races
-# -----------------------------------------------------------------------------------------------------------
+# ---- races ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -384,8 +381,7 @@ def test_races_keep_their_promise_and_save_work(made_up, confidence, heavy):
     assert share < 0.7
 
 
-# ---- searches
-# --------------------------------------------------------------------------------------------------------
+# ---- searches ------------------------------------------------------------------------------------
 
 
 def greedy_by_hand(decoder, blocks, n_remove, protected=()):

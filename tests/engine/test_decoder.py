@@ -133,8 +133,7 @@ def test_what_sets_have_in_common_is_computed_once(make_tiny, sets):
     assert len(runs) == len(paths)
 
 
-# ---- streamed
-# --------------------------------------------------------------------------------------------------
+# ---- streamed ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -195,8 +194,7 @@ def test_a_checkpoint_without_some_weight_is_refused(make_tiny, tmp_path):
             run(stream_decoder(tmp_path, "float32"), torch.ones(1, 4, dtype=torch.long))
 
 
-# ---- the budget
-# -------------------------------------------------------------------------------------------------
+# ---- the budget ----------------------------------------------------------------------------------
 
 LAYER_BYTES = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
 
@@ -243,8 +241,7 @@ def test_quantised_checkpoints_are_not_streamed(saved, tmp_path):
         stream_decoder(folder, "float32")
 
 
-# ---- several devices, as accelerate spreads them
-# -------------------------------------------------------------------
+# ---- several devices, as accelerate spreads them -------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon"])
@@ -263,8 +260,7 @@ def test_layers_under_accelerates_hooks(name, make_tiny, blocks, tmp_path):
         assert all(torch.equal(found[removed], expected[removed]) for removed in SETS)
 
 
-# ---- refused by structure
-# ------------------------------------------------------------------------------------------
+# ---- refused by structure ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,7 @@ def test_sets_that_cannot_be_removed_are_refused(llama, removed):
     assert state_of(llama) == before
 
 
-# ---- refused by structure, not by name
-# -----------------------------------------------------------------------
+# ---- refused by structure, not by name -----------------------------------------------------------
 
 TINY = dict(
     vocab_size=97,
@@ -210,8 +209,7 @@ def test_lists_that_only_happen_to_be_as_long_are_left_alone(make_tiny):
     assert config.num_hidden_layers == 5
 
 
-# ---- merged, LaCo's rule
-# ---------------------------------------------------------------------------------------
+# ---- merged, LaCo's rule -------------------------------------------------------------------------
 
 
 MERGES = [

@@ -11,10 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from simdiff_utils import assets, files
-from simdiff_utils.models import checkpoints
-from simdiff_utils import SimDiffError
+from simdiff_utils import SimDiffError, assets, files
 from simdiff_utils.files import repository_root
+from simdiff_utils.models import checkpoints
 from simdiff_utils.text import corpus as text
 
 PARTS = {"one": b"first half, ", "two": b"second half"}

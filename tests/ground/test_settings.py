@@ -1,19 +1,17 @@
-"""Settings: types, ranges and their sentences; what a notebook's cells declare and papermill injects."""
+"""Settings: types, ranges and their sentences; groups, and the keys made of them."""
 
-import dataclasses
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from papermill.translators import PythonTranslator
+from pydantic import ValidationError
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.parameters import from_notebook
 from simdiff_utils.files import repository_root
-from simdiff_utils.run import check_n_remove
 from simdiff_utils.registry import CRITERIA
-from simdiff_utils.settings import Settings
+from simdiff_utils.run import check_n_remove
+from simdiff_utils.settings import CaptureSettings, SearchSettings, Settings, hash_facts
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -120,12 +118,23 @@ def test_good_values_are_taken_as_they_are(name, value):
 
 def test_every_setting_has_a_default_and_none_can_be_changed():
     settings = Settings()
-    assert all(
-        type(getattr(settings, f.name)) in (int, float, bool, str, list) for f in dataclasses.fields(settings)
-    )
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    assert all(type(value) in (int, float, bool, str, list) for _, value in settings)
+    with pytest.raises(ValidationError):
         settings.n_remove = 3
     assert Settings().n_remove_grid is not Settings().n_remove_grid
+
+
+def test_other_settings_are_checked_as_well():
+    assert Settings().replace(n_remove=3) == Settings(n_remove=3)
+    assert "n_remove must be at least 1, got 0" in refusal(Settings().replace, n_remove=0)
+    assert "there is no setting n_remvoe" in refusal(Settings, n_remvoe=3)
+
+
+def test_a_criterion_of_ones_own_is_a_module_and_a_function():
+    assert Settings(criterion="my_module:my_score").criterion == "my_module:my_score"
+    assert Settings(criteria=["masd", "a.b:c"]).criteria == ["masd", "a.b:c"]
+    for name in ("my_module", "my module:f", "a:b:c", ":f", "os.path:join()", "../a:b"):
+        assert "criterion must be one of" in refusal(Settings, criterion=name)
 
 
 @pytest.mark.parametrize(
@@ -140,179 +149,40 @@ def test_the_number_of_layers_to_remove_depends_on_the_model(n_remove, fine):
         )
 
 
-# ---- the key of a stage's folder
-# -------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 
-def test_the_key_changes_with_what_the_stage_depends_on_and_with_nothing_else():
-    names = ("seed", "seq_len")
-    key = Settings().key(names, model="m", text="t")
+def test_every_setting_stands_in_one_group():
+    groups = Settings.__bases__
+    names = [name for group in groups for name in group.model_fields]
+    assert len(names) == len(set(names)) and set(names) == set(Settings.model_fields)
+
+
+def test_the_facts_of_groups_are_their_values_and_no_others():
+    facts = Settings(seed=3).of(CaptureSettings)
+    assert facts == {"dtype": "float32", "seed": 3, "n_samples": 32, "seq_len": 256}
+    assert "n_validation" not in Settings().of(SearchSettings, without=("n_validation",))
+
+
+def test_the_key_changes_with_every_fact_and_not_with_their_order():
+    facts = {"seed": 0, "model": "m", "grid": [1, 2]}
+    key = hash_facts(facts)
     assert len(key) == 12 and set(key) <= set("0123456789abcdef")
-    assert Settings(n_remove=9, criterion="mssd").key(names, model="m", text="t") == key
-    assert Settings().key(tuple(reversed(names)), text="t", model="m") == key
-    others = {
-        Settings(seed=1).key(names, model="m", text="t"),
-        Settings(seq_len=128).key(names, model="m", text="t"),
-        Settings().key(names, model="other", text="t"),
-        Settings().key(names, model="m", text="other"),
-        Settings().key(("seed",), model="m", text="t"),
-        Settings().key(names, model="m", text="t", code="c"),
-    }
-    assert len(others | {key}) == 7
+    assert hash_facts(dict(reversed(facts.items()))) == key
+    others = [facts | {"seed": 1}, facts | {"grid": [2, 1]}, facts | {"code": "c"}]
+    assert len({key, *map(hash_facts, others)}) == 4
 
 
 def test_the_key_is_the_same_in_another_process():
-    script = 'from simdiff_utils.settings import Settings; printSettings.key"seed", "n_remove_grid", model="m"'
-    keys = {
-        subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=repository_root(),
-            env={"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert keys == {Settings().key(("seed", "n_remove_grid"), model="m")}
-
-
-def test_the_key_refuses_names_that_are_no_settings():
-    with pytest.raises(AttributeError):
-        Settings().key(("n_sample",))
+    script = "from simdiff_utils.settings import Settings, hash_facts; print(hash_facts(dict(Settings())))"
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", script]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, cwd=repository_root(), env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == hash_facts(dict(Settings())), done.stderr
 
 
 @pytest.mark.parametrize("name, value", [("alpha", 1), ("learning_rate", 0)])
 def test_the_key_does_not_tell_1_from_1_point_0(name, value):
-    assert Settings(**{name: value}).key((name,)) == Settings(**{name: float(value)}).key((name,))
-
-
-# ---- notebooks
-# -------------------------------------------------------------------------------------------------
-
-PARAMETERS = """n_remove: int = 6  # layers to remove
-alpha: float | str = "auto"  # in [0, 1]
-n_remove_grid: list[int] = [3, 6]  # layers
-"""
-SETUP = "import math\nx = 3"
-
-
-def run_cells(*cells: str) -> dict:
-    """A kernel's namespace after these cells ran, with its input history."""
-    namespace: dict = {"In": [""]}
-    for cell in cells:
-        namespace["In"].append(cell)
-        try:
-            exec(cell, namespace)
-        except SyntaxError:
-            continue  # magics and half-written cells stand in the history too
-    return namespace
-
-
-def inject(**parameters) -> str:
-    """The cell that papermill itself writes below the parameters cell."""
-    return PythonTranslator.codify(parameters)
-
-
-def test_declared_values_reach_the_settings_and_all_else_keeps_its_default():
-    settings = from_notebook(run_cells(PARAMETERS, SETUP))
-    assert settings == Settings(n_remove=6, alpha="auto", n_remove_grid=[3, 6])
-    assert from_notebook(run_cells("seed: int = 7\n")) == Settings(seed=7)
-
-
-def test_injected_values_win():
-    injected = inject(n_remove=9, alpha=0.5, n_remove_grid=[1, 2])
-    assert injected.startswith("# Parameters")
-    assert from_notebook(run_cells(PARAMETERS, injected)) == Settings(
-        n_remove=9, alpha=0.5, n_remove_grid=[1, 2]
-    )
-
-
-def test_injected_names_that_the_notebook_does_not_declare_are_refused():
-    sentence = refusal(from_notebook, run_cells(PARAMETERS, inject(n_remvoe=3, n_remove=3)))
-    assert "unknown parameter n_remvoe" in sentence and "declares alpha, n_remove, n_remove_grid" in sentence
-    # a setting, but none that this notebook has
-    assert "unknown parameter max_steps" in refusal(from_notebook, run_cells(PARAMETERS, inject(max_steps=3)))
-
-
-def test_injected_values_of_the_wrong_type_or_range_are_refused():
-    assert "n_remove must be a whole number" in refusal(
-        from_notebook, run_cells(PARAMETERS, inject(n_remove="3"))
-    )
-    assert "alpha must lie in [0, 1]" in refusal(from_notebook, run_cells(PARAMETERS, inject(alpha=2)))
-
-
-def test_declared_names_that_are_no_settings_are_refused():
-    assert "declares n_remvoe, which no setting is called" in refusal(
-        from_notebook, run_cells("n_remvoe: int = 6\n")
-    )
-
-
-def test_cells_can_be_run_again_in_any_order():
-    injected = inject(n_remove=9)
-    again = PARAMETERS, injected, injected, SETUP
-    namespace = run_cells(PARAMETERS, injected, SETUP, "%matplotlib inline", "y = (", *again)
-    assert from_notebook(namespace).n_remove == 9
-    assert from_notebook(run_cells(injected, PARAMETERS)).n_remove == 6  # the cell that ran last decides
-    assert (
-        from_notebook(run_cells(PARAMETERS, PARAMETERS.replace("6", "8"))).n_remove == 8
-    )  # edited and run again
-    assert from_notebook(run_cells(PARAMETERS, "n_remove = 4")).n_remove == 4  # set by hand further down
-
-
-def test_a_mistyped_name_can_be_put_right_without_a_restart():
-    assert from_notebook(run_cells("n_remvoe: int = 6\n", "n_remove: int = 6\n")) == Settings(n_remove=6)
-
-
-def test_a_parameters_cell_that_is_not_recognised_is_refused_not_ignored():
-    """One line without its type, and the whole cell would silently give the defaults."""
-    refusal(from_notebook, run_cells("n_remove: int = 9\nseed = 7\n"))
-    refusal(from_notebook, run_cells(SETUP))
-
-
-def test_annotated_cells_of_the_readers_own_do_no_harm():
-    settings = from_notebook(run_cells(PARAMETERS, "class A: pass\na = A()", "a.x: int = 3"))
-    assert settings.n_remove == 6
-
-
-def test_a_real_kernel_keeps_the_cells_and_shows_the_sentence_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    from IPython.core.interactiveshell import InteractiveShell
-    from traitlets.config import Config
-
-    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
-    for cell in (
-        PARAMETERS,
-        inject(n_remove=9),
-        "from simdiff_utils.settings import from_notebook"
-        "found = from_notebook(globals())",
-    ):
-        shell.run_cell(cell, store_history=True).raise_error()
-    assert shell.user_ns["found"] == Settings(n_remove=9, n_remove_grid=[3, 6])
-
-    shell.run_cell(inject(n_remvoe=3), store_history=True)
-    capsys.readouterr()
-    assert not shell.run_cell("from_notebook(globals())", store_history=True).success
-    shown = "".join(capsys.readouterr())
-    assert "SimDiffError: unknown parameter n_remvoe" in shown
-    assert "Traceback" not in shown and "settings.py" not in shown
-
-
-# ---- where the repository is
-# -------------------------------------------------------------------------------------
-
-
-def test_the_repository_is_found_from_inside_and_the_place_itself_from_outside(tmp_path):
-    root = Path(__file__).parents[2]
-    assert repository_root(root / "notebooks") == repository_root(root / "simdiff_utils") == root
-    (tmp_path / "pyproject.toml").touch()  # another project's
-    assert repository_root(tmp_path) == tmp_path
-    (tmp_path / "deep").mkdir()
-    assert repository_root(tmp_path / "deep") == tmp_path / "deep"
-
-
-def test_a_kernel_without_history_still_knows_the_parameters():
-    """nbval runs cells with store_history=False: the annotations say what the parameters cell declared."""
-    namespace: dict = {"In": [""]}
-    exec(PARAMETERS, namespace)
-    assert from_notebook(namespace) == from_notebook(run_cells(PARAMETERS))
+    one, other = Settings(**{name: value}), Settings(**{name: float(value)})
+    assert hash_facts(dict(one)) == hash_facts(dict(other))

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from simdiff_utils.stages import Run
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.criterion.equations import choose_removed, fuse, normalise
 from simdiff_utils.criterion.propose import METHODS, alpha_path, count_passes
 from simdiff_utils.criterion.search import search_ternary
@@ -19,11 +21,9 @@ from simdiff_utils.engine.decoder import stream_decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.perplexity import perplexity
 from simdiff_utils.engine.surgery import layers_removed
-from simdiff_utils.run import is_sound
 from simdiff_utils.registry import CRITERIA as EVERY
-from simdiff_utils import SimDiffError
+from simdiff_utils.run import is_sound
 from simdiff_utils.settings import Settings
-from simdiff_utils.stages import Run
 
 GRID = [1, 2, 4]
 CRITERIA = ["cosine", "masd", "relative", "portfolio"]
@@ -168,8 +168,7 @@ def test_the_model_decides_how_many_layers_can_go(make_run):
     )
 
 
-# ---- the peers
-# -------------------------------------------------------------------------------------------------------
+# ---- the peers -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +315,7 @@ def test_streamed_from_disk_every_choice_is_the_same_or_one_sentence(
             run.choices([2], [method])
 
 
-# ---- damaged files
-# ------------------------------------------------------------------------------------------------
+# ---- damaged files -------------------------------------------------------------------------------
 
 
 def cut_off(path):

@@ -38,8 +38,7 @@ def refusal(model) -> str:
     return sentence
 
 
-# ---- found
-# ---------------------------------------------------------------------------------------------------
+# ---- found ---------------------------------------------------------------------------------------
 
 
 def test_a_local_folder_is_found_loaded_and_named(folder, llama, blocks, monkeypatch):
@@ -108,8 +107,7 @@ def test_the_hubs_cache_names_the_hash_itself(folder, tmp_path, monkeypatch):
     resolve_checkpoint(str(folder))
 
 
-# ---- refused
-# -------------------------------------------------------------------------------------------------
+# ---- refused -------------------------------------------------------------------------------------
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):

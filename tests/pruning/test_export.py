@@ -212,8 +212,7 @@ def test_dtype_survives_and_the_single_file_wins_over_an_old_index(make_tiny, to
     )
 
 
-# ---- mutants: each must be seen
-# ---------------------------------------------------------------------------------
+# ---- mutants: each must be seen ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
@@ -257,8 +256,7 @@ def test_an_export_that_does_not_renumber_fails(name, make_tiny, dense, blocks, 
     assert any(report.values())
 
 
-# ---- what lies beside the weights
-# ---------------------------------------------------------------------------------
+# ---- what lies beside the weights ----------------------------------------------------------------
 
 
 def test_tokenizer_and_generation_config_are_the_same_files(family, dense, exported):
@@ -319,8 +317,7 @@ def test_a_large_export_is_sharded(dense, blocks, tmp_path, monkeypatch):
     assert torch.equal(logits_of(again, blocks), logits_of(expected, blocks))
 
 
-# ---- whole or not at all
-# --------------------------------------------------------------------------------------------
+# ---- whole or not at all -------------------------------------------------------------------------
 
 
 def test_an_interrupted_export_leaves_nothing(dense, tmp_path, monkeypatch):
@@ -390,8 +387,7 @@ def test_verification_refuses_another_checkpoint_and_what_is_not_finite(make_tin
         verify_export(decoder, frozenset({1}), reloaded, blocks[:1])
 
 
-# ---- the real models
-# ---------------------------------------------------------------------------------------------
+# ---- the real models -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -78,8 +78,7 @@ def ids_of(rows):
     return [row["input_ids"] for row in rows.train + rows.validation]
 
 
-# ---- Alpaca
-# ----------------------------------------------------------------------------------------------------------
+# ---- Alpaca --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows.jsonl.gz"])
@@ -155,8 +154,7 @@ def test_bos_alone_is_no_appended_eos(tmp_path, make_tokenizer):
     assert sorted(ids_of(rows)) == sorted([2, *range(3, 3 + n)] for n in range(2, 32))
 
 
-# ---- chats
-# -----------------------------------------------------------------------------------------------------------
+# ---- chats ---------------------------------------------------------------------------------------
 
 
 def test_chats_go_through_the_models_template(tmp_path, chatty):
@@ -238,8 +236,7 @@ def test_a_chat_that_cannot_be_read_is_named(tmp_path, chatty, turns, sentence):
         load_rows(write_rows(tmp_path / "rows.json", [*CHATS, {"messages": turns}]), chatty, 256, seed=0)
 
 
-# ---- texts, cutting, splitting
-# ---------------------------------------------------------------------------------------
+# ---- texts, cutting, splitting -------------------------------------------------------------------
 
 
 def test_texts_are_cut_and_too_short_ones_left_out_and_the_notes_say_so(tmp_path, tokenizer):
@@ -302,8 +299,7 @@ def test_hash_knows_tokens_rows_order_and_split(tokenizer):
     assert rows.sha256 == hash_rows([{"input_ids": [5, 6]}, {"input_ids": [7, 8]}], [])
 
 
-# ---- sources
-# ---------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -406,8 +402,7 @@ def test_hub_rows_are_those_of_a_file(tmp_path, chatty, monkeypatch, rows):
     assert calls == [("org/some-data", None, "train"), ("org/some-data", "en.v1", "train")]
 
 
-# ---- padding
-# ---------------------------------------------------------------------------------------------------------
+# ---- padding -------------------------------------------------------------------------------------
 
 
 def test_padding_is_never_a_label_and_the_prompt_always_is():

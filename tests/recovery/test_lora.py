@@ -66,8 +66,7 @@ def test_short_trainings_are_evaluated_at_most_every_fourth_step(max_steps, want
     )
 
 
-# ---- training
-# --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -311,8 +310,7 @@ def test_gradient_checkpointing_changes_no_loss(make_tiny, tokenizer, pattern, t
         np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
-# ---- distillation
-# ----------------------------------------------------------------------------------------------------
+# ---- distillation --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma3"])
@@ -378,8 +376,7 @@ def test_padding_teaches_nothing(make_tiny, tokenizer, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
-# ---- going on after a kill
-# -------------------------------------------------------------------------------------------
+# ---- going on after a kill -----------------------------------------------------------------------
 
 LONG = Recipe(
     data="text",

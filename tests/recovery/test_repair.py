@@ -96,8 +96,7 @@ def without(make_tiny, name, removed, **changes):
     return dense, build_by_hand(dense, removed)
 
 
-# ---- the linear form
-# -------------------------------------------------------------------------------------------------
+# ---- the linear form -----------------------------------------------------------------------------
 
 
 def ridge_by_hand(x, error, strength):
@@ -266,8 +265,7 @@ def test_before_the_head_a_fit_stays_where_predictions_come_nearer_too(make_tiny
     assert outcomes == {True, False}
 
 
-# ---- the magnitude form
-# ----------------------------------------------------------------------------------------------
+# ---- the magnitude form --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("removed", CUTS, ids=str)
@@ -331,8 +329,7 @@ def test_a_model_without_a_final_norm_is_left_in_words(make_tiny, text):
     )
 
 
-# ---- both
-# ------------------------------------------------------------------------------------------------------------
+# ---- both ----------------------------------------------------------------------------------------
 
 
 def test_writers_are_found_in_every_family(tiny, family, blocks):

@@ -1,0 +1,104 @@
+"""The house itself: how large its rooms are, that imports point down, and that nothing runs in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "simdiff_utils"
+FILES = sorted(PACKAGE.rglob("*.py"))
+WIDTH, LONGEST, ENTRIES = 110, 260, 20
+# From the ground up: a module or room may import those that stand before it, and others on its own floor that
+# come before it in the line.
+FLOORS = (
+    ("__init__",),
+    ("files", "registry", "provenance"),
+    ("settings", "assets", "style", "results"),
+    ("parameters", "engine", "text"),
+    ("models",),
+    ("run",),
+    ("capture",),
+    ("criterion",),
+    ("pruning", "comparison"),
+    ("recovery", "speed"),
+    ("__main__",),
+)
+PLACE = {room: place for place, room in enumerate(room for floor in FLOORS for room in floor)}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "simdiff_utils":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "simdiff_utils"}
+    return found
+
+
+def room_of(module: str) -> str:
+    return (module.split(".") + ["__init__"])[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_is_short_and_narrow(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST, f"{len(lines)} lines: split it by subject"
+    assert max(map(len, lines), default=0) <= WIDTH
+
+
+def test_the_package_has_few_entries_at_its_top():
+    entries = {path.relative_to(PACKAGE).parts[0] for path in FILES}
+    assert len(entries) <= ENTRIES
+    assert {entry.removesuffix(".py") for entry in entries} == set(PLACE)
+
+
+def test_imports_point_down():
+    arrows = {(module, other) for module, path in MODULES.items() for other in imports_of(path)}
+    assert len(arrows) > 100, "nothing was read"
+    upward = [
+        f"{module} imports {other}"
+        for module, other in sorted(arrows)
+        if room_of(module) != room_of(other) and PLACE[room_of(other)] >= PLACE[room_of(module)]
+    ]
+    assert not upward
+
+
+def test_nothing_imports_in_a_circle():
+    """Also within a room: taking away, again and again, what imports nothing that is left leaves nothing."""
+    left = {module: imports_of(path) - {module} for module, path in MODULES.items()}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+def test_pictures_and_stages_are_read_by_nobody_below():
+    """A room's pictures are for its notebook alone."""
+    users = [
+        module for module, path in MODULES.items() if any(o.endswith(".plots") for o in imports_of(path))
+    ]
+    assert not users
+
+
+def test_no_import_hides_inside_a_function_to_break_a_circle():
+    hidden = []
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simdiff_utils"):
+                        hidden.append(f"{module}.{function.name}: {node.module}")
+    assert not hidden
