@@ -44,19 +44,19 @@ def plot_ranking(rows: pd.DataFrame) -> Figure:
     for (model, n_remove), panel in panels:
         axis = next(places[model])
         axis.set_visible(True)
-        shortgpt = [(row.removed, row.value) for row in panel[panel["method"] == "cosine"].itertuples()]
+        shortgpt = [(row.removed, row.value) for row in panel[panel["criterion"] == "cosine"].itertuples()]
         dense = rows.loc[(rows["model"] == model) & (rows["n_remove"] == 0), "value"].iloc[0]
         edge = _BROKEN * panel["value"].min()
         for row in panel.itertuples():
-            y, colour = methods.index(row.method), COLOURS[row.method]
+            y, colour = methods.index(row.criterion), COLOURS[row.criterion]
             low, value, high = (min(x, edge) for x in (row.low, row.value, row.high))
             axis.plot([low, high], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
             # LaCo may remove the same layers, and has merged them into others
-            hollow = (row.removed, row.value) in shortgpt and MARKERS[row.method] not in "x+1"
+            hollow = (row.removed, row.value) in shortgpt and MARKERS[row.criterion] not in "x+1"
             axis.plot(
                 value,
                 y,
-                MARKERS[row.method],
+                MARKERS[row.criterion],
                 color=colour,
                 ms=8,
                 mfc="white" if hollow else None,
@@ -92,7 +92,7 @@ def plot_over_layers(rows: pd.DataFrame, methods: Iterable[str], metric: str = P
         dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
         for name in methods:
             line = (
-                here[here["method"].isin([name, "dense"])]
+                here[here["criterion"].isin([name, "dense"])]
                 .groupby("n_remove")[["value", "low", "high"]]
                 .median()
             )
@@ -131,11 +131,11 @@ def plot_cost(rows: pd.DataFrame) -> Figure:
     for axis, model in zip(axes[0], models, strict=True):
         here = rows[rows["model"] == model]
         wide = here.pivot_table(
-            index=["method", "n_remove"], columns="metric", values="value", aggfunc="median"
+            index=["criterion", "n_remove"], columns="metric", values="value", aggfunc="median"
         )
         dense = wide.loc[("dense", 0), PERPLEXITY]
         lost = np.log(wide[PERPLEXITY] / dense)[wide["passes"].notna()]
-        for name in dict.fromkeys(here["method"]):
+        for name in dict.fromkeys(here["criterion"]):
             if name in lost.index:
                 passes = wide.loc[name, "passes"].loc[lost[name].index]
                 axis.plot(
@@ -173,7 +173,7 @@ def plot_disagreement(rows: pd.DataFrame) -> Figure:
         for row in here[here["metric"] == "AVG"].itertuples():
             other = here[
                 (here["metric"] == PERPLEXITY)
-                & (here["method"] == row.method)
+                & (here["criterion"] == row.criterion)
                 & (here["n_remove"] == row.n_remove)
             ]
             if len(other):
@@ -181,11 +181,11 @@ def plot_disagreement(rows: pd.DataFrame) -> Figure:
                     other["value"].iloc[0],
                     row.value,
                     yerr=1.96 * row.stderr,
-                    fmt=MARKERS[row.method],
+                    fmt=MARKERS[row.criterion],
                     ms=8,
-                    color=COLOURS[row.method],
+                    color=COLOURS[row.criterion],
                     capsize=2,
-                    label=NAMES[row.method],
+                    label=NAMES[row.criterion],
                 )
                 axis.annotate(
                     f"K={row.n_remove}",
@@ -212,8 +212,8 @@ def plot_disagreement(rows: pd.DataFrame) -> Figure:
 def _order(rows: pd.DataFrame) -> list[str]:
     """Methods by their mean log-perplexity over models and numbers of layers, best first."""
     cells = rows[rows["n_remove"] > 0].assign(cell=lambda r: np.log(r["value"]))
-    cells = cells.groupby(["model", "n_remove", "method"])["cell"].median().reset_index()
-    return list(cells.groupby("method", sort=False)["cell"].mean().sort_values(kind="stable").index)
+    cells = cells.groupby(["model", "n_remove", "criterion"])["cell"].median().reset_index()
+    return list(cells.groupby("criterion", sort=False)["cell"].mean().sort_values(kind="stable").index)
 
 
 def _brief(model: str) -> str:

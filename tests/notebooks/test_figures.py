@@ -1,7 +1,6 @@
 """The committed figures: each has its numbers beside it, made by the notebook as it is committed, on its own
 settings."""
 
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,13 +11,13 @@ from papermill import inspect_notebook
 
 from simdiff_utils.comparison.rows import COLUMNS, PERPLEXITY
 from simdiff_utils.comparison.tables import ROWS
-from simdiff_utils.criterion.propose import METHODS
+from simdiff_utils.registry import CRITERIA
 from simdiff_utils.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures"
 PICTURES = sorted(path.stem for path in FIGURES.glob("*.png"))
-DEFAULTS = dataclasses.asdict(Settings())
+DEFAULTS = dict(Settings())
 
 
 def read_table(name):
@@ -37,7 +36,9 @@ def test_a_figures_settings_are_those_of_the_committed_notebook(name):
     compared = [key for key in inspect_notebook(str(notebook)) if key in facts["settings"]]
     assert {"model", "text"} & set(compared)
     for key in compared:
-        assert facts["settings"][key] == DEFAULTS[key], f"{key}: run `make notebooks` and commit figures/ with it"
+        assert facts["settings"][key] == DEFAULTS[key], (
+            f"{key}: run `make notebooks` and commit figures/ with it"
+        )
 
 
 def test_there_is_no_table_of_a_picture_that_is_gone():
@@ -47,7 +48,8 @@ def test_there_is_no_table_of_a_picture_that_is_gone():
 
 
 def test_every_picture_is_shown_somewhere():
-    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     notebooks = {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert all(f"figures/{name}.png" in shown or name[:2] in notebooks for name in PICTURES)
 
@@ -62,8 +64,8 @@ def test_measured_rows_are_tidy_and_say_how_they_were_made(measured):
     facts, rows = measured
     assert list(rows.columns) == list(COLUMNS)
     assert set(facts) == set(rows["model"])
-    assert not rows.duplicated(["model", "method", "n_remove", "seed", "metric"]).any()
-    assert set(rows["method"]) <= {*METHODS, "dense"}
+    assert not rows.duplicated(["model", "criterion", "n_remove", "seed", "metric"]).any()
+    assert set(rows["criterion"]) <= {*CRITERIA, "dense"}
     for model, fact in facts.items():
         assert fact["machine"] and fact["torch"] and model in set(rows["model"])
         assert fact["command"].startswith("python -m benchmarks.comparison")
@@ -72,7 +74,7 @@ def test_measured_rows_are_tidy_and_say_how_they_were_made(measured):
         here = rows[(rows["model"] == model) & (rows["metric"] == PERPLEXITY)]
         assert (here["n"] == n_windows).all() and here["provenance"].str.contains(f"{n_windows} of ").all()
         assert (here["low"] <= here["value"]).all() and (here["value"] <= here["high"]).all()
-        grid = words[words.index("--grid") + 1:words.index("--windows")]
+        grid = words[words.index("--grid") + 1 : words.index("--windows")]
         assert set(here["n_remove"]) == {0, *map(int, grid)}
         assert all(len(json.loads(row.removed)) == row.n_remove for row in here.itertuples())
 
@@ -80,10 +82,12 @@ def test_measured_rows_are_tidy_and_say_how_they_were_made(measured):
 @pytest.mark.parametrize("name", [name for name in PICTURES if name.startswith("06_")])
 def test_notebook_06_draws_the_committed_rows(measured, name):
     """Its figures are of the stored measurements: the numbers beside each are among them, digit for digit."""
-    rows = measured[1].set_index(["model", "method", "n_remove", "seed", "metric"])["value"]
+    rows = measured[1].set_index(["model", "criterion", "n_remove", "seed", "metric"])["value"]
     table = read_table(f"{name}.csv")[1]
     if "metric" not in table:  # one row a set, a column for each metric
         table = table.rename(columns={"perplexity": "value"}).assign(metric=PERPLEXITY, seed=0)
     assert len(table)
     for row in table.itertuples():
-        assert rows[row.model, row.method, row.n_remove, row.seed, row.metric] == pytest.approx(row.value, rel=1e-12)
+        assert rows[row.model, row.criterion, row.n_remove, row.seed, row.metric] == pytest.approx(
+            row.value, rel=1e-12
+        )

@@ -6,11 +6,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from simdiff_utils.criterion.propose import METHODS
 from simdiff_utils.models.shapes import PAPER_MODELS
+from simdiff_utils.registry import CRITERIA
 
-ELSEWHERE = {"dense", "llm-pruner", "slicegpt", "shortened-llm"}  # in the paper, and not in the registry of methods
-PLACE = ["source", "model", "method", "n_remove", "metric"]
+ELSEWHERE = {
+    "dense",
+    "llm-pruner",
+    "slicegpt",
+    "shortened-llm",
+}  # in the paper, and not in the registry of criteria
+PLACE = ["source", "model", "criterion", "n_remove", "metric"]
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +25,17 @@ def published() -> pd.DataFrame:
 
 def test_names_are_known_and_no_number_stands_twice(published):
     assert not published.duplicated(PLACE).any()
-    assert set(published["method"]) <= METHODS.keys() | ELSEWHERE
+    assert set(published["criterion"]) <= CRITERIA.keys() | ELSEWHERE
     assert set(published["model"]) == set(PAPER_MODELS)
-    assert set(published["source"]) == {"Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "Figure 5", "Table A.7"}
+    assert set(published["source"]) == {
+        "Table 1",
+        "Table 2",
+        "Table 3",
+        "Table 4",
+        "Table 5",
+        "Figure 5",
+        "Table A.7",
+    }
     assert (published["n_remove"].notna() | published["ratio"].notna()).all()
     assert published["value"].gt(0).all()
 
@@ -45,5 +58,5 @@ def test_retained_performance_is_the_average_over_the_dense_one(published):
 
 def test_a_number_given_once_stands_with_both_forms(published):
     once = published[published["note"] == "given once for both forms"]
-    forms = once.pivot(index=["source", "model", "n_remove", "metric"], columns="method", values="value")
+    forms = once.pivot(index=["source", "model", "n_remove", "metric"], columns="criterion", values="value")
     assert list(forms) == ["masd", "mssd"] and (forms["masd"] == forms["mssd"]).all()
