@@ -1,0 +1,56 @@
+"""The committed numbers follow from each other by today's code: statistics -> alpha path -> sets ->
+verdicts."""
+
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from simdiff_utils.comparison.tables import compare_with_shortgpt
+from simdiff_utils.criterion.alpha import trace_path
+from simdiff_utils.criterion.equations import choose_removed, cosine_scores, fuse, normalise
+from simdiff_utils.registry import of_kind
+
+FIGURES = Path(__file__).parents[2] / "figures"
+
+
+def read(name: str) -> pd.DataFrame:
+    text = (FIGURES / f"{name}.csv").read_text(encoding="utf-8")
+    table = pd.read_csv(io.StringIO("".join(f"{line}\n" for line in text.splitlines() if line[:2] != "# ")))
+    if "removed" in table:
+        table["removed"] = table["removed"].map(json.loads)
+    return table
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return read("01_statistics")
+
+
+def test_the_alpha_path_of_the_stored_statistics_is_the_stored_path(statistics):
+    path, stored = trace_path(*normalise(statistics, "masd")), read("02_map")
+    assert path["removed"].tolist() == stored["removed"].tolist()
+    assert path["n_tied"].tolist() == stored["n_tied"].tolist()
+    assert path["degenerate"].tolist() == stored["degenerate"].tolist()
+    assert path[["low", "high"]].to_numpy() == pytest.approx(stored[["low", "high"]].to_numpy(), rel=1e-9)
+
+
+def test_the_stored_sets_are_those_of_the_stored_statistics(statistics):
+    sets = read("02_sets")
+    for row in sets[sets["criterion"] == "cosine"].itertuples():
+        assert frozenset(row.removed) == choose_removed(cosine_scores(statistics), row.n_remove)
+    fused = sets[sets["criterion"].isin(of_kind("line"))]
+    assert len(fused) == 4 * fused["n_remove"].nunique()
+    for row in fused.itertuples():
+        scores = fuse(*normalise(statistics, row.criterion), row.alpha)
+        assert frozenset(row.removed) == choose_removed(scores, row.n_remove)
+
+
+def test_the_stored_verdicts_follow_from_the_stored_rows():
+    rows = read("06_comparison")
+    stored = read("06_over_layers").set_index(["model", "n_remove", "criterion"])["verdict"]
+    found = compare_with_shortgpt(rows).set_index(["model", "n_remove", "criterion"])["verdict"]
+    models = stored.index.get_level_values("model").unique()
+    assert found[found.index.get_level_values("model").isin(models)].to_dict() == stored.to_dict()
