@@ -58,10 +58,8 @@ def removed_layers(checkpoint: Path) -> frozenset[int]:
 
 
 def _named_checkpoint(run: Run) -> Path:
-    """The checkpoint that `settings.pruned` names: its folder, or notebook 03's result file, which knows
-    it."""
-    named = Path(run.settings.pruned).expanduser()
-    folder = Path(read_json(named)["headline"]["checkpoint"]) if named.is_file() else named
+    """The checkpoint folder that `settings.pruned` names."""
+    folder = Path(run.settings.pruned).expanduser()
     if not (folder / "pruning.json").is_file():
         raise SimDiffError(
             f"pruned = {run.settings.pruned} holds no pruning.json: name the checkpoint folder that notebook 03 "
