@@ -1,4 +1,4 @@
-"""Every method on the embedded models: the rows and figures that notebook 06 and the README show.
+"""Every criterion on the embedded models: the rows and figures that notebook 06 and the README show.
 
     python -m benchmarks.comparison smollm2 --data ../shared/data [--grid 3 6] [--windows 64] [--tasks [3 6]]
                                                  [--stories 100]
@@ -11,42 +11,60 @@ Cells not measured stay empty.
 
 import argparse
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from simdiff_utils import provenance
-from simdiff_utils.comparison.rows import FOLDER, Comparison
+from simdiff_utils.comparison.rows import FOLDER, measure
 from simdiff_utils.comparison.tables import ROWS
+from simdiff_utils.criterion.stage import choice_file
 from simdiff_utils.files import read_kept, write_kept, write_whole
 from simdiff_utils.registry import CRITERIA
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
-# Gemma's head of 262,144 words takes hours in float32; a processor that multiplies bfloat16 is three times as
-# fast
+# Gemma's head of 262,144 words takes hours in float32; bfloat16 is three times as fast where it is multiplied
 MODELS = {
     "smollm2": ("embedded:smollm2-135m-instruct", "float32", [3, 6, 8, 9], [3, 6]),
     "gemma": ("embedded:gemma-3-270m", "bfloat16", [2, 4, 5, 6], [4]),
 }
 SHARED = dict(batch_size=4, n_samples=64, n_validation=16, criteria=list(CRITERIA))
 LEDGER = "06_ledger.jsonl"
-STAGES = ("choices-*", "losses-wikitext2-*", "tasks")
+MEASURED = ("losses-wikitext2-*", "tasks")  # below FOLDER: facts that outlive changes of the code
 
 
-def read_ledger(run: Comparison, path: Path) -> None:
-    """Put what the ledger holds of the run's model where the run looks for it, unless it is there."""
+def choice_folders(run: Run) -> set[Path]:
+    """Where today's code keeps the run's choices: the folder's name carries the key."""
+    return {choice_file(run, name, 1).parent for name in run.settings.criteria}
+
+
+def read_ledger(run: Run, path: Path) -> None:
+    """Put what the ledger holds of the run's model where the run looks for it, unless it is there.
+
+    A choice that other code made would lie elsewhere: it is left out, and made again.
+    """
+    choices, measured = choice_folders(run), run.folder / FOLDER
     for entry in map(json.loads, path.read_text().splitlines() if path.exists() else []):
         target = provenance.runs_root() / entry["file"]
-        if target.is_relative_to(run.folder) and not target.exists():
+        stage = target.relative_to(measured).parts[0] if target.is_relative_to(measured) else ""
+        wanted = target.parent in choices or any(fnmatch(stage, pattern) for pattern in MEASURED)
+        if wanted and not target.exists():
             write_kept(target, entry["data"])
 
 
-def write_ledger(run: Comparison, path: Path) -> None:
-    """Put all that was measured of the run's model into the ledger; lines of other models stay."""
+def write_ledger(run: Run, path: Path) -> None:
+    """Put all that was measured of the run's model into the ledger, and what today's code chose.
+
+    Lines of other models stay.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [line for line in lines if not json.loads(line)["file"].startswith(f"{run.folder.name}/")]
-    files = sorted(file for stage in STAGES for file in (run.folder / FOLDER).glob(f"{stage}/**/*.json"))
+    files = [file for folder in choice_folders(run) for file in folder.glob("*.json")]
+    files += [file for stage in MEASURED for file in (run.folder / FOLDER).glob(f"{stage}/**/*.json")]
+    files.sort()
     kept = {file.relative_to(provenance.runs_root()).as_posix(): read_kept(file) for file in files}
     lines += [json.dumps({"file": name, "data": data}) for name, data in kept.items() if data]
     with write_whole(path) as partial:
@@ -59,10 +77,8 @@ def write_rows(rows: pd.DataFrame, path: Path, command: str) -> None:
     if path.exists():
         facts = dict(json.loads(line[2:]) for line in path.read_text().splitlines() if line.startswith("# "))
         others = pd.read_csv(path, comment="#")
-    machines = [
-        *facts.get(model, {}).get("machine", "").split(" and "),
-        provenance.describe_machine(),
-    ]  # each did a part
+    before = facts.get(model, {}).get("machine", "").split(" and ")  # each machine did a part
+    machines = [*before, provenance.describe_machine()]
     facts[model] = {
         "command": command,
         "machine": " and ".join(dict.fromkeys(filter(None, machines))),
@@ -93,7 +109,7 @@ def main() -> None:
     given = parser.parse_args()
     name, dtype, grid, task_grid = MODELS[given.model]
     task_grid = [] if given.tasks is None else given.tasks or task_grid
-    run = Comparison(
+    run = Run(
         Settings(
             model=name,
             dtype=dtype,
@@ -106,10 +122,11 @@ def main() -> None:
         )
     )
     read_ledger(run, given.figures / LEDGER)
-    command = f"python -m benchmarks.comparison {given.model} --grid {' '.join(map(str, run.grid))} --windows {given.windows}"
+    grid = " ".join(map(str, run.grid))
+    command = f"python -m benchmarks.comparison {given.model} --grid {grid} --windows {given.windows}"
     if task_grid:
         command += f" --tasks {' '.join(map(str, task_grid))} --stories {given.stories}"
-    rows = run.rows()
+    rows = measure(run)
     write_rows(rows, given.figures / ROWS, command)
     write_ledger(run, given.figures / LEDGER)
     print(rows[rows["metric"].isin(["wikitext2_perplexity", "AVG"])].to_string(), flush=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from simdiff_utils.stages import Run
 
 from simdiff_utils import provenance
 from simdiff_utils.registry import CRITERIA
 from simdiff_utils.settings import Settings
-from simdiff_utils.stages import Run
 
 MODELS = {"embedded:smollm2-135m-instruct": [3, 6, 8, 9, 12], "embedded:gemma-3-270m": [2, 4, 5, 6]}
 SHARED = {"dtype": "bfloat16", "batch_size": 4, "n_validation": 32, "n_test": 32, "criteria": list(CRITERIA)}

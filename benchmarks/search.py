@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from simdiff_utils.stages import Run
 
 from simdiff_utils import provenance
 from simdiff_utils.criterion.equations import normalise
@@ -30,7 +31,6 @@ from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.criterion.search import greedy, search_ternary
 from simdiff_utils.engine.perplexity import perplexity
 from simdiff_utils.settings import Settings
-from simdiff_utils.stages import Run
 
 MODELS = {"embedded:smollm2-135m-instruct": [3, 6, 9, 12], "embedded:gemma-3-270m": [2, 4, 6]}
 FORMS = ("masd", "log-mssd")

@@ -24,11 +24,11 @@ import pandas as pd
 import torch
 import transformers
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import decoder_layers, load_model, pick_device, pick_dtype
 from simdiff_utils.files import write_whole
 from simdiff_utils.models.shapes import SHAPES, random_model
 from simdiff_utils.provenance import describe_machine
-from simdiff_utils import SimDiffError
 from simdiff_utils.speed.bound import Rates, Work, bound_phases, ideal_seconds, measure_rates
 from simdiff_utils.speed.timing import KEYS, PROTOCOLS, measure_speed, summarise_speed, without_layers
 

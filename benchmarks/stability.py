@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from simdiff_utils.stages import Run
 
 from simdiff_utils import provenance
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
@@ -23,7 +24,6 @@ from simdiff_utils.criterion.propose import METHODS, Evidence
 from simdiff_utils.criterion.stability import agree, measure_stability, rank_scores
 from simdiff_utils.engine.perplexity import perplexity
 from simdiff_utils.settings import Settings
-from simdiff_utils.stages import Run
 
 MODELS = {"embedded:smollm2-135m-instruct": 6, "embedded:gemma-3-270m": 4}
 CRITERIA = ["cosine", "mssd", "masd", "log-mssd", "relative"]

@@ -131,23 +131,28 @@ def _imports(file: Path) -> set[str]:
     """Modules of this package that a file imports, wherever in it."""
     if file.suffix != ".py":
         return set()
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "simdiff_utils":
-            found |= {f"simdiff_utils.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.startswith("simdiff_utils.") and _files_of(_room(name))}
+    named = _read_code(file, file.stat().st_mtime_ns)[0]
+    return {name for name in named if name.startswith("simdiff_utils.") and _files_of(_room(name))}
 
 
 def _code_alone(file: Path) -> str:
-    """The syntax tree of a file without its docstrings."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    """The syntax tree of a file without its docstrings, hashed."""
+    return _read_code(file, file.stat().st_mtime_ns)[1]
+
+
+@functools.cache
+def _read_code(file: Path, _mtime_ns: int) -> tuple[frozenset[str], str]:
+    """What a file imports, and the hash of its code: parsed once for all rooms."""
+    tree, found = ast.parse(file.read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
                 del body[0]
-    return ast.dump(tree)
+        elif isinstance(node, ast.ImportFrom) and node.module == "simdiff_utils":
+            found |= {f"simdiff_utils.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return frozenset(found), hashlib.sha256(ast.dump(tree).encode()).hexdigest()

@@ -1,20 +1,22 @@
-"""The registry of criteria: every way to choose layers, a row each. Settings, tables, pictures and plans read
-it.
+"""The registry of criteria: every way to choose layers, a row each, for settings, tables, pictures and plans.
 
 Nothing heavy is imported here: a row names its function, which is loaded when somebody asks for it. How to
-    add a
-criterion: docs/architecture.md.
+add a criterion: docs/architecture.md.
 """
 
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 from simdiff_utils import SimDiffError
 
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # my_module:my_score
 _ROOM = "simdiff_utils.criterion"
+_SEEN: dict[str, bytes] = {}  # users' modules: their files as they were imported
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Criterion:
         function: "module:name"; `gives` says what it takes and returns.
         gives: "scores": given what it sees, one float a layer; the layers of smallest score are removed.
             "line": given the statistics, two scores a layer, at alpha 0 and at alpha 1 (Eq. 7 between them);
-            every set that some alpha chooses is a candidate. "sets": given `propose.Evidence` and n_remove,
-            the candidates.
+            every set that some alpha chooses is a candidate. "sets": given `candidates.Evidence` and
+            n_remove, the candidates.
         sees: of "statistics" (a table, a row a layer), "model", "calibration" (token ids), "gradients" (a
             pass takes them: forward and backward count as three) and "losses" (of any set on validation
             text); "scores" are given them in this order.
         passes: (n_layers, n_remove) -> passes of the model over its text before sets are compared.
+        compares: whether sets (LaCo: models) are compared after that, a pass each.
         protects: how many first and how many last layers are never removed.
         n_seeds: how many draws a comparison shows.
         color, marker, ls: matplotlib's words for its look.
@@ -45,6 +48,7 @@ class Criterion:
     passes: Callable[[int, int], int] = lambda n_layers, n_remove: 1
     protects: tuple[int, int] = (0, 0)
     n_seeds: int = 1
+    compares: bool = False
     color: str = "#777777"
     marker: str = "D"
     ls: str | tuple = "-"
@@ -62,7 +66,7 @@ def _no_pass(_n_layers: int, _n_remove: int) -> int:
 _DOTTED, _DASHDOT, _LONG = (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1))
 SIMDIFF = "SimDiff, arXiv:2604.19520"
 _OURS, _SHORTENED = f"this workbook, after {SIMDIFF}", "Shortened-LLM, arXiv:2402.02834"
-_LINE = {"gives": "line", "sees": ("statistics", "losses")}
+_LINE = {"gives": "line", "sees": ("statistics", "losses"), "compares": True}
 
 # Okabe-Ito colours, which colour-blind readers tell apart; markers and dashes tell them apart in grey.
 # Not formatted: rows are easier to compare in a few lines each than in twelve.
@@ -85,7 +89,7 @@ CRITERIA: dict[str, Criterion] = {
         color="#D55E00", marker="P", ls=_LONG),
     "portfolio": Criterion(
         "portfolio (ours)", "this workbook", f"{_ROOM}.propose:portfolio_sets", gives="sets",
-        sees=("statistics", "losses"),
+        sees=("statistics", "losses"), compares=True,
         color="#CC79A7", marker="*"),
     "angular": Criterion(
         "angular block", "Gromov et al., arXiv:2403.17887", f"{_ROOM}.propose:angular_sets", gives="sets",
@@ -114,13 +118,13 @@ CRITERIA: dict[str, Criterion] = {
         color="#000000", marker="X"),
     "window": Criterion(
         "best window", "AMD Quark", f"{_ROOM}.propose:window_sets", gives="sets", sees=("losses",),
-        passes=_no_pass, marker="p", ls="--"),
+        passes=_no_pass, compares=True, marker="p", ls="--"),
     "entrodrop": Criterion(
         "EntroDrop, per layer", "EntroDrop, arXiv:2504.03794", f"{_ROOM}.peers:entropy_increases",
         sees=("model", "calibration"), marker="h", ls="-."),
     "laco": Criterion(
         "LaCo", "LaCo, arXiv:2402.11187", f"{_ROOM}.laco:laco_sets", gives="sets",
-        sees=("model", "calibration"), passes=_no_pass,
+        sees=("model", "calibration"), passes=_no_pass, compares=True,
         color="#999999", marker=">", ls=_DOTTED),
 }
 # fmt: on
@@ -146,20 +150,33 @@ def find(name: str) -> Criterion:
 
 
 def load(name: str) -> Callable:
-    """A criterion's function; only now its module is imported.
+    """A criterion's function; only now its module is imported (again, where its file was edited since).
 
     Raises:
         SimDiffError: there is no such criterion, module or function.
     """
     module_name, _, function = find(name).function.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = _import_as_it_is(module_name)
     except ModuleNotFoundError as error:
         place = f"put {module_name}.py beside the notebook, or install it"
         raise SimDiffError(f"the criterion {name} is not found ({error}): {place}.") from error
     if not callable(getattr(module, function, None)):
         raise SimDiffError(f"the criterion {name} is not found: {module_name} has no function {function}.")
     return getattr(module, function)
+
+
+def _import_as_it_is(name: str) -> ModuleType:
+    """A module by its file of now: a kernel that runs on would compute with the code that it began with."""
+    before = sys.modules.get(name)
+    module = importlib.import_module(name)
+    if name.startswith("simdiff_utils.") or not getattr(module, "__file__", None):
+        return module
+    source = Path(module.__file__).read_bytes()
+    if before and _SEEN.get(name) != source:
+        module = importlib.reload(module)
+    _SEEN[name] = source
+    return module
 
 
 def of_kind(gives: str) -> list[str]:

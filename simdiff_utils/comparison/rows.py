@@ -6,6 +6,7 @@ survives a new plot. `PROTOCOL` is raised when what is measured changes.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from simdiff_utils import SimDiffError, registry
 from simdiff_utils.comparison.tasks.evaluate import SUITES, average_accuracy, evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
 from simdiff_utils.criterion.laco import Merges
-from simdiff_utils.criterion.propose import propose
+from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.criterion.stage import choices, evidence
 from simdiff_utils.engine.perplexity import perplexity, perplexity_interval
@@ -31,8 +32,9 @@ from simdiff_utils.text.corpus import load_wikitext2_test
 
 PROTOCOL = "1"
 PERPLEXITY = "wikitext2_perplexity"
-FOLDER = "comparison"  # below the model's: losses, task scores
+FOLDER = "comparison"  # below the model's: losses, task scores; choices lie beside it
 _WINDOWS_AT_ONCE = 2  # what a kill can lose
+_CHOSEN = ("n_remove", "criterion", "seed", "removed", "merges", "n_passes")
 COLUMNS = (
     *("model", "criterion", "n_remove", "seed", "removed"),
     *("metric", "value", "stderr", "low", "high", "n", "split", "provenance"),
@@ -57,29 +59,22 @@ def measure(run: Run) -> pd.DataFrame:
 
 
 def chosen_sets(run: Run) -> pd.DataFrame:
-    """The set of each criterion, K and seed, the dense model first: n_remove, criterion, seed, removed,
-    merges, n_passes."""
+    """The set of each criterion, K and seed, the dense model first: columns `_CHOSEN`."""
     criteria = run.settings.criteria
-    dense = {"n_remove": 0, "criterion": "dense", "seed": 0, "removed": [], "merges": [], "n_passes": 0}
-    chosen = [dense]
+    chosen = [dict(zip(_CHOSEN, (0, "dense", 0, [], [], 0), strict=True))]
     seeded = [name for name in criteria if registry.find(name).n_seeds > 1]
     if single := [name for name in criteria if name not in seeded]:
-        chosen += choices(run, run.grid, single).assign(seed=0)[list(dense)].to_dict("records")
-    for n_remove in run.grid:
-        for name in seeded:
-            for seed in range(registry.find(name).n_seeds):
-                (drawn,) = propose(name, replace(evidence(run), seed=seed), n_remove)
-                facts = {
-                    "n_remove": n_remove,
-                    "criterion": name,
-                    "seed": seed,
-                    "removed": sorted(drawn.removed),
-                }
-                chosen.append(dense | facts)
+        chosen += choices(run, run.grid, single).assign(seed=0)[list(_CHOSEN)].to_dict("records")
+    for n_remove, name in itertools.product(run.grid, seeded):
+        for seed in range(registry.find(name).n_seeds):
+            (drawn,) = propose(name, replace(evidence(run), seed=seed), n_remove)
+            n_passes = count_passes(name, [drawn], run.n_layers, n_remove)
+            facts = (n_remove, name, seed, sorted(drawn.removed), [], n_passes)
+            chosen.append(dict(zip(_CHOSEN, facts, strict=True)))
     return pd.DataFrame(chosen)
 
 
-# ---- perplexity ----------------------------------------------------------------------------------
+# ---- perplexity
 
 
 def windows(run: Run) -> LongTensor:
@@ -153,7 +148,7 @@ def _window_losses(run: Run, chosen: pd.DataFrame, which: np.ndarray) -> list[np
     return [evaluators[edit].losses([removed], which)[0] for edit, removed in models]
 
 
-# ---- tasks ---------------------------------------------------------------------------------------
+# ---- tasks
 
 
 def _task_rows(run: Run, chosen: pd.DataFrame) -> Iterator[dict]:

@@ -28,9 +28,7 @@ def describe_criteria(n_layers: int = 32, n_remove: int = 8) -> pd.DataFrame:
                 "source": row.source,
                 f"passes before comparing (L={n_layers}, K={n_remove})": row.passes(n_layers, n_remove),
                 "sees": ", ".join(row.sees),
-                "compares sets": "yes"
-                if row.gives == "line" or "losses" in row.sees and row.gives == "sets"
-                else "",
+                "then compares sets": "yes" if row.compares else "",
                 f"never removes (of {n_layers})": ", ".join(map(str, sorted(protected))),
             }
         )

@@ -48,15 +48,15 @@ def count_saturated(l_diff: np.ndarray, dtype: torch.dtype = torch.float64) -> i
     return int((torch.sigmoid(l_diff) == 1).sum())
 
 
-# ---- criteria that fuse two measurements, and ShortGPT's, which is one
-# ------------------------------------------------ Each takes the statistics (columns of
-# `LayerStatistics.table`, float [n_layers] each) and returns I_sim and I_diff: the two ends, alpha 0 and 1,
-# of each layer's line. The last two criteria are ours: nothing in them saturates.
+# ---- ShortGPT's criterion, which is one measurement, and those that fuse two
+#
+# Each takes the statistics (columns of `LayerStatistics.table`, float [n_layers] each). Those that fuse
+# return I_sim and I_diff: the two ends, alpha 0 and 1, of each layer's line. The last two are ours: nothing
+# in them saturates.
 
 
 def cosine_scores(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
-    """ShortGPT (arXiv:2403.03853): the layer that turns its input least goes first; Eq. 2 alone, float64
-    [n_layers]."""
+    """Eq. 2 alone, float64 [n_layers]: ShortGPT (arXiv:2403.03853) removes what turns its input least."""
     return np.asarray(statistics["cosine_distance"], dtype=np.float64)
 
 
@@ -71,16 +71,14 @@ def masd_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndar
 
 
 def log_mssd_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The logarithm of MSSD in the place of the sigmoid, both measurements stretched to [0, 1] over the
-    layers.
+    """The logarithm of MSSD in the sigmoid's place, both measurements stretched to [0, 1] over the layers.
 
     Stretching changes no set that some alpha chooses (ranks depend on alpha up to a change of its scale); it
     makes alpha readable.
     """
     mssd = np.asarray(statistics["mssd"], dtype=np.float64)
-    return _stretch(statistics["cosine_distance"]), _stretch(
-        np.log(np.maximum(mssd, np.finfo(np.float64).tiny))
-    )
+    logarithm = np.log(np.maximum(mssd, np.finfo(np.float64).tiny))  # an identity layer has MSSD 0
+    return _stretch(statistics["cosine_distance"]), _stretch(logarithm)
 
 
 def relative_line(statistics: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

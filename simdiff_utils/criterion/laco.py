@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -61,13 +61,10 @@ def laco_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
 def merge_layers(
     decoder: Decoder, blocks: Tensor, n_remove: int, span: int = LACO_SPAN, interval: int = LACO_INTERVAL
 ) -> tuple[tuple[Merge, ...], int]:
-    """LaCo's walk (arXiv:2402.11187, its paper's rule): fold layers into the one below, from the top down.
+    """LaCo's merges at the highest of `LACO_THRESHOLDS` at which its walk takes out n_remove layers.
 
-    Layer l becomes l + sum over k = 1..C of (theta_{l+k} - theta_l) and l+1 .. l+C go, if the states after
-    the last layer (before the final norm) keep a mean cosine above T with the dense ones; then the walk goes
-    down by the interval, else by one. The paper sets T by hand; here it is the highest of `LACO_THRESHOLDS`
-    at which the walk takes out n_remove layers (below all of them, every merge is accepted and the interval
-    ends at layer 0: n_remove layers always go).
+    The paper sets the threshold by hand. Below all of them every merge is accepted and the interval ends at
+    layer 0: n_remove layers always go.
 
     Args:
         blocks: token ids [n_samples, seq_len].
@@ -97,20 +94,46 @@ def merge_layers(
         return similarities[merges]
 
     for threshold in (*LACO_THRESHOLDS, _BELOW_ALL):
-        kept, merges, left = list(range(decoder.n_layers)), (), n_remove
-        place = len(kept) - 1 - min(span, left)
-        while place >= 0 and left:
-            size = min(span, left, len(kept) - 1 - place)
-            tried = (*merges, (kept[place], tuple(kept[place + 1 : place + 1 + size])))
-            accepted = similarity(tried) > threshold
-            if accepted:
-                merges, left = tried, left - size
-                del kept[place + 1 : place + 1 + size]
-            place = min(place - (interval if accepted else 1), len(kept) - 1 - min(span, left))
-            place = max(place, 0) if threshold == _BELOW_ALL else place
+        merges, left = _walk(decoder.n_layers, n_remove, span, interval, similarity, threshold)
         if not left:
             break
     return merges, len(similarities) + 1
+
+
+def _walk(
+    n_layers: int,
+    n_remove: int,
+    span: int,
+    interval: int,
+    similarity: Callable[[tuple[Merge, ...]], float],
+    threshold: float,
+) -> tuple[tuple[Merge, ...], int]:
+    """LaCo's walk by its paper's rule, from the top down.
+
+    Layer l becomes theta_l + sum over k = 1..C of (theta_{l+k} - theta_l) and l+1 .. l+C go, if the states
+    after the last layer (before the final norm) keep a mean cosine above T with the dense ones; then the walk
+    goes down by the interval, else by one.
+
+    Args:
+        span: C.
+        similarity: merges -> mean cosine.
+        threshold: T.
+
+    Returns:
+        the merges accepted, in their order, and how many layers are still to go.
+    """
+    kept, merges, left = list(range(n_layers)), (), n_remove
+    place = n_layers - 1 - min(span, left)  # of l among the layers kept
+    while place >= 0 and left:
+        size = min(span, left, len(kept) - 1 - place)
+        tried = (*merges, (kept[place], tuple(kept[place + 1 : place + 1 + size])))
+        accepted = similarity(tried) > threshold
+        if accepted:
+            merges, left = tried, left - size
+            del kept[place + 1 : place + 1 + size]
+        place = min(place - (interval if accepted else 1), len(kept) - 1 - min(span, left))
+        place = max(place, 0) if threshold == _BELOW_ALL else place
+    return merges, left
 
 
 def _last_states(decoder: Decoder, blocks: Tensor, merges: tuple[Merge, ...]) -> Tensor:

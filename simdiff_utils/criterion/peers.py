@@ -1,8 +1,8 @@
 """The peers' scores of layers, each from its paper's formula; small score: the layer is removed first.
 
-What needs only the one-pass statistics (ShortGPT, the angular block) or only losses of candidate sets
-(Shortened-LLM's one-shot perplexity, SLEB, windows) stands in `methods` itself. No width pruner is here: they
-remove no layers.
+Here is what looks at weights, gradients or states. ShortGPT is in `equations`, what needs only the statistics
+or the losses of whole sets in `propose` and `search`, LaCo in `laco`. No width pruner is here: they remove no
+layers.
 """
 
 from collections.abc import Iterator
@@ -23,14 +23,12 @@ N_ENTROPY_TOKENS = 2048  # distances between all pairs are taken: 16 MB in float
 
 
 def magnitude_scores(decoder: Decoder) -> np.ndarray:
-    """Sum of the absolute weights of a layer's matrices (Shortened-LLM's Mag, arXiv:2402.02834), float64
-    [n_layers]."""
+    """Sum of a layer's absolute weights (Shortened-LLM's Mag, arXiv:2402.02834), float64 [n_layers]."""
     scores = np.zeros(decoder.n_layers)
     for layer_idx in range(decoder.n_layers):
         with decoder.layer(layer_idx) as layer:
-            scores[layer_idx] = sum(
-                w.detach().abs().sum(dtype=torch.float64).item() for w in _matrices(layer)
-            )
+            sums = [w.detach().abs().sum(dtype=torch.float64) for w in _matrices(layer)]
+            scores[layer_idx] = sum(total.item() for total in sums)
     return scores
 
 
@@ -62,29 +60,24 @@ def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
             with torch.enable_grad():
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
                 cross_entropy(logits.float(), tokens[0, 1:].to(logits.device)).backward()
-        return np.array(
-            [
-                sum(
-                    (w.detach() * w.grad).abs().sum(dtype=torch.float64).item()
-                    for w in _matrices(layer)
-                    if w.grad is not None
-                )
-                for layer in layers
-            ]
-        )  # None: an expert that no token reached
+        return np.array([sum(map(_first_order, _matrices(layer))) for layer in layers], dtype=np.float64)
     finally:
         for parameter, (asked, before) in found.items():
             parameter.grad = before
             parameter.requires_grad_(asked)
 
 
+def _first_order(w: nn.Parameter) -> float:
+    """Sum of |w * dLoss/dw| over the entries; 0 without a gradient: an expert that no token reached."""
+    return 0.0 if w.grad is None else (w.detach() * w.grad).abs().sum(dtype=torch.float64).item()
+
+
 def entropy_increases(decoder: Decoder, blocks: Tensor, n_neighbours: int = N_NEIGHBOURS) -> np.ndarray:
-    """Entropy of a layer's output tokens less that of its input tokens (EntroDrop, arXiv:2504.03794, per
-    layer).
+    """Entropy of a layer's output tokens less that of its input tokens (EntroDrop, arXiv:2504.03794).
 
     By nearest neighbours, H = d * mean log r_k + constants, r_k a token's distance to its k-th neighbour
     among all tokens: so it depends on the states' scale, and tokens that coincide (equal words before layer
-        0) have no entropy.
+    0) have no entropy.
 
     Args:
         blocks: token ids [n_samples, seq_len]; as many are taken as make 2,048 tokens.
@@ -112,20 +105,17 @@ def entropy_increases(decoder: Decoder, blocks: Tensor, n_neighbours: int = N_NE
 
 def _log_distance(states: Tensor, n_neighbours: int) -> float:
     """Mean over the tokens of log r_k; states [tokens, d]."""
-    states = (
-        states.double()
-    )  # distances by matrix products: many times as fast, and in float64 as exact as is needed
+    states = states.double()
+    # by matrix products: many times as fast, and in float64 as exact as is needed
     distances = torch.cdist(states, states, compute_mode="use_mm_for_euclid_dist")
-    nearest = distances.topk(n_neighbours + 1, dim=1, largest=False).values[
-        :, -1
-    ]  # the first is the token itself
+    # one more than k: the nearest is the token itself
+    nearest = distances.topk(n_neighbours + 1, dim=1, largest=False).values[:, -1]
     equal = nearest <= 1e-6 * states.norm(dim=1)  # what is there then is the products' rounding
     return nearest.where(~equal, torch.finfo(torch.float32).tiny).log().mean().item()
 
 
 def _matrices(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of linear maps: everything of two or more dimensions (experts have three), no norm and no
-    bias (of which experts have a row each)."""
+    """The weights of linear maps: all of two or more dimensions (experts have three), no norm, no bias."""
     return (
         parameter
         for name, parameter in layer.named_parameters()

@@ -22,18 +22,18 @@ def propose(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate
         SimDiffError: no such criterion; it protects too many layers, or gives scores that are not finite; it
             looks at what the evidence lacks.
     """
-    match registry.find(criterion).gives:
-        case "line":
-            return _line_sets(criterion, evidence, n_remove)
-        case "sets":
-            return registry.load(criterion)(evidence, n_remove)
-    scores = score_layers(criterion, evidence)
-    protected = sorted(registry.find(criterion).protected(evidence.n_layers))
-    if n_remove > evidence.n_layers - len(protected):
+    row = registry.find(criterion)
+    if row.gives == "line":
+        return _line_sets(criterion, evidence, n_remove)
+    if row.gives == "sets":
+        return registry.load(criterion)(evidence, n_remove)
+    protected = sorted(row.protected(evidence.n_layers))
+    if n_remove > evidence.n_layers - len(protected):  # said before anything is scored
         raise SimDiffError(
             f"{criterion} protects layers {protected} of {evidence.n_layers} and cannot remove {n_remove}: "
             "remove fewer, or choose another criterion."
         )
+    scores = score_layers(criterion, evidence)
     scores[protected] = np.inf
     return [Candidate(choose_removed(scores, n_remove), criterion)]
 
@@ -47,10 +47,14 @@ def score_layers(criterion: str, evidence: Evidence) -> np.ndarray:
         "losses": evidence.evaluator,
     }
     arguments = [given[word]() for word in registry.find(criterion).sees if word in given]
-    scores = np.array(registry.load(criterion)(*arguments), dtype=np.float64)
+    found = registry.load(criterion)(*arguments)
+    try:
+        scores = np.array(found, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SimDiffError(f"{criterion} gives no numbers ({error}): return one float a layer.") from error
     if scores.shape != (evidence.n_layers,):
         raise SimDiffError(
-            f"{criterion} gives scores of shape {scores.shape} where the model has {evidence.n_layers} layers: "
+            f"{criterion} gives scores of shape {scores.shape} and the model has {evidence.n_layers} layers: "
             "return one float a layer."
         )
     if not np.isfinite(scores).all():
@@ -95,7 +99,7 @@ def summarise_paths(evidence: Evidence, grid: list[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# ---- criteria that fuse two measurements ---------------------------------------------------------
+# ---- criteria that fuse two measurements
 
 
 def _line_sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate]:
@@ -131,14 +135,13 @@ def search_probes(criterion: str, evidence: Evidence, n_remove: int) -> pd.DataF
     )
 
 
-# ---- criteria that give sets ---------------------------------------------------------------------
+# ---- criteria that give sets
 
 
 def angular_sets(evidence: Evidence, n_remove: int, n_blocks: int = 1) -> list[Candidate]:
     """Contiguous blocks over which the last token's state turns least, best first (arXiv:2403.17887)."""
-    turned = evidence.statistics.angular_distance.diagonal(
-        n_remove
-    )  # [n_layers - n_remove + 1], by first layer
+    distances = evidence.statistics.angular_distance
+    turned = distances.diagonal(n_remove)  # [n_layers - n_remove + 1], by first layer
     best = turned.argsort(kind="stable")[:n_blocks].tolist()
     return [Candidate(frozenset(range(first, first + n_remove)), "angular") for first in best]
 
@@ -161,8 +164,7 @@ def window_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
 
 
 def portfolio_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
-    """The alpha paths of all criteria that fuse (each holds ShortGPT's set at alpha 0), a few blocks, and the
-    tail."""
+    """The alpha paths of all criteria that fuse (each holds ShortGPT's set at 0), some blocks, the tail."""
     every = [c for name in registry.of_kind("line") for c in _path_sets(name, evidence, n_remove)]
     every += angular_sets(evidence, n_remove, N_BLOCKS) + tail_sets(evidence, n_remove)
     first: dict[frozenset[int], Candidate] = {}

@@ -1,5 +1,4 @@
-"""Losses of many candidate sets of layers: nothing computed twice, and the winner of each group found by
-racing.
+"""Losses of many candidate sets of layers: nothing computed twice, the winner of each group found by racing.
 
 Candidates share the layers before their first difference (see `Decoder.run`). A race evaluates all of them on
 a first slice of the blocks and drops those that are behind by more than chance; what is left is finished on
@@ -7,6 +6,7 @@ all blocks.
 """
 
 import hashlib
+import itertools
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from simdiff_utils.engine.perplexity import block_losses
 from simdiff_utils.files import read_kept, write_kept
 
 Removed = frozenset[int]
+_FIRST_SLICE = 4  # blocks; fewer tell little of how much differences vary
 
 
 class Edit(Protocol):
@@ -42,16 +43,14 @@ class Edit(Protocol):
 
 @dataclass
 class Cost:
-    """What evaluating took: tokens that went through a layer, and through the head, one count per layer or
-    set."""
+    """What evaluating took: tokens through layers, counted for each, and through the head, for each set."""
 
     layer_tokens: int = 0
     head_tokens: int = 0
 
 
 class Evaluator:
-    """Losses per block of one model without sets of layers, each computed once, ever, where a folder is
-    given.
+    """Losses per block of one model without sets of layers: each is computed once (ever, given a folder).
 
     Attributes:
         cost: of all that was computed here; what was read from the folder costs nothing.
@@ -70,7 +69,7 @@ class Evaluator:
         The folder belongs to this model and these blocks: the caller names it after both.
 
         Args:
-            edit: made before any layer is left out.
+            edit: made before any layer is left out; an edited model's losses lie in a folder below.
         """
         self._decoder, self._blocks, self._batch_size, self._folder = decoder, blocks, batch_size, folder
         self._edit = edit
@@ -88,11 +87,10 @@ class Evaluator:
         return len(self._blocks)
 
     def edited(self, edit: Edit | None) -> "Evaluator":
-        """The same for an edited model."""
-        if edit is None:
+        """The same for the model edited so, and in no other way."""
+        if edit == self._edit:
             return self
-        folder = self._folder and self._folder / edit.key
-        return Evaluator(self._decoder, self._blocks, self._batch_size, folder, edit)
+        return Evaluator(self._decoder, self._blocks, self._batch_size, self._folder, edit)
 
     def losses(self, sets: Iterable[Removed], which: np.ndarray | None = None) -> np.ndarray:
         """Mean loss of every block without each set of layers, in nats per token.
@@ -126,7 +124,6 @@ class Evaluator:
         groups: Mapping[Hashable, Iterable[Removed]],
         confidence: float = 0.99,
         exact: bool = False,
-        first_slice: int = 4,
         seed: int = 0,
     ) -> "Race":
         """The set of lowest loss over all blocks in each group of candidates.
@@ -143,50 +140,35 @@ class Evaluator:
             confidence: with at least this probability (over the draw of the slices, differences being near
                 normal) the winner of a group is that of evaluating everything.
             exact: no racing: every set on every block.
-            first_slice: blocks in the first slice.
             seed: of the draw.
         """
         if not 0 < confidence < 1 and not exact:
             raise SimDiffError(
                 f"confidence must lie between 0 and 1, got {confidence}; exact=True races nothing."
             )
-        if first_slice < 1:
-            raise SimDiffError(f"first_slice must be at least 1 block, got {first_slice}.")
         alive = {name: list(dict.fromkeys(sets)) for name, sets in groups.items()}
-        empty = [name for name, sets in alive.items() if not sets]
-        if empty:
-            raise SimDiffError(
-                f"there is no candidate set in group {empty[0]!r}; give at least one to each group."
-            )
-        log = []
-        slices = [self.n_blocks] if exact else _slice_ends(self.n_blocks, first_slice)
+        for name, sets in alive.items():
+            if not sets:
+                raise SimDiffError(
+                    f"there is no candidate set in group {name!r}; give at least one to each group."
+                )
         order = np.random.default_rng(seed).permutation(self.n_blocks)
-        doubt = {
-            name: (1 - confidence) / max(1, (len(sets) - 1) * (len(slices) - 1))
-            for name, sets in alive.items()
-        }
-        for n_seen in slices:
-            seen = order[:n_seen]
+        ends = [self.n_blocks] if exact else _slice_ends(self.n_blocks)
+        # Bonferroni: each rival meets the leader after each slice; after the last nothing is in doubt
+        n_tests = {name: max(1, (len(sets) - 1) * (len(ends) - 1)) for name, sets in alive.items()}
+        log = []
+        for n_seen in ends:
             running = {name: sets for name, sets in alive.items() if len(sets) > 1}
-            union = list(dict.fromkeys(removed for sets in running.values() for removed in sets))
-            if union:
-                self.losses(union, seen)
+            # one pass over the model for all groups: what they share is computed once
+            self.losses(dict.fromkeys(itertools.chain(*running.values())), order[:n_seen])
             for name, sets in running.items():
-                losses = self.losses(sets, seen)
-                kept = _contenders(losses, self.n_blocks, doubt[name])
-                alive[name] = [removed for removed, stays in zip(sets, kept, strict=True) if stays]
-                log += [
-                    {
-                        "group": name,
-                        "n_blocks": n_seen,
-                        "removed": sorted(removed),
-                        "loss": loss,
-                        "kept": stays,
-                    }
-                    for removed, loss, stays in zip(sets, losses.mean(1), kept, strict=True)
-                ]
-        finalists = list(dict.fromkeys(removed for sets in alive.values() for removed in sets))
-        self.losses(finalists)
+                losses = self.losses(sets, order[:n_seen])  # [n_sets, n_seen], known by now
+                kept = _contenders(losses, self.n_blocks, (1 - confidence) / n_tests[name])
+                alive[name] = list(itertools.compress(sets, kept))
+                told = zip(map(sorted, sets), losses.mean(1), kept, strict=True)
+                log += [(name, n_seen, *facts) for facts in told]
+        # what is left (one set, or several that nothing tells apart) is finished on all blocks, in one pass
+        self.losses(dict.fromkeys(itertools.chain(*alive.values())))
         winners = {name: sets[int(self.losses(sets).mean(1).argmin())] for name, sets in alive.items()}
         return Race(winners, pd.DataFrame(log, columns=["group", "n_blocks", "removed", "loss", "kept"]))
 
@@ -210,10 +192,11 @@ class Evaluator:
         return self._known[removed]
 
     def _path(self, removed: Removed) -> Path:
+        folder = self._folder / self._edit.key if self._edit else self._folder
         name = "-".join(["without", *map(str, sorted(removed))]) if removed else "dense"
         if len(name) > 120:  # file systems end names at 255 bytes
             name = "without-" + hashlib.sha256(name.encode()).hexdigest()[:32]
-        return self._folder / f"{name}.json"
+        return folder / f"{name}.json"
 
 
 @dataclass(frozen=True)
@@ -230,8 +213,9 @@ class Race:
     log: pd.DataFrame
 
 
-def _slice_ends(n_blocks: int, first: int) -> list[int]:
-    ends = [min(first, n_blocks)]
+def _slice_ends(n_blocks: int) -> list[int]:
+    """How many blocks have been seen after each slice."""
+    ends = [min(_FIRST_SLICE, n_blocks)]
     while ends[-1] < n_blocks:
         ends.append(min(2 * ends[-1], n_blocks))
     return ends
@@ -249,8 +233,8 @@ def _contenders(losses: np.ndarray, n_blocks: int, doubt: float) -> np.ndarray:
 
 
 def verdict(same_set: bool, low: float, high: float) -> str:
-    """What an interval of a ratio of perplexities says: "same set", "better", "worse", or "no difference
-    shown" where it holds 1."""
+    """What an interval of a ratio of perplexities says: "same set", "better", "worse", or, where it holds 1,
+    "no difference shown"."""
     if same_set:
         return "same set"
     return "better" if high < 1 else "worse" if low > 1 else "no difference shown"

@@ -39,14 +39,9 @@ def greedy(evaluator: Evaluator, n_remove: int, protected: frozenset[int] = froz
         )
     chosen: list[int] = []
     for step in range(n_remove):
-        left = [
-            layer_idx for layer_idx in range(evaluator.n_layers) if layer_idx not in {*chosen, *protected}
-        ]
-        found = evaluator.race(
-            {step: [frozenset({*chosen, layer_idx}) for layer_idx in left]}, **race
-        ).winners[step]
-        (layer_idx,) = found - set(chosen)
-        chosen.append(layer_idx)
+        left = [i for i in range(evaluator.n_layers) if i not in {*chosen, *protected}]
+        tried = [frozenset({*chosen, layer_idx}) for layer_idx in left]
+        chosen += evaluator.race({step: tried}, **race).winners[step] - {*chosen}
     return chosen
 
 

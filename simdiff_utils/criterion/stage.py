@@ -1,8 +1,7 @@
-"""What notebook 02 keeps on disk: losses of every set that was measured, and the set that each criterion
-chose."""
+"""What notebook 02 keeps on disk: losses of every set that was measured, and the set each criterion chose."""
 
-import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,26 +90,38 @@ def choices(run: Run, grid: list[int], criteria: list[str] | None = None) -> pd.
 
 
 def choice_file(run: Run, criterion: str, n_remove: int) -> Path:
-    """Where a choice is kept; the file of a user's own criterion is part of the key."""
-    own = {} if criterion in registry.CRITERIA else {"own": _hash_own(criterion)}
+    """Where a choice is kept; of a function that stands outside this room, the file is in the key."""
+    own = {} if registry.find(criterion).function.startswith(f"{ROOM}.") else {"own": _hash_own(criterion)}
     folder = run.stage_folder("choices", ROOM, GROUPS, **own)
     return folder / f"{criterion.replace(':', '-')}-{n_remove}.json"
 
 
 def _hash_own(criterion: str) -> str:
-    registry.load(criterion)  # says in a sentence what is missing
-    return hash_file(Path(importlib.util.find_spec(criterion.partition(":")[0]).origin))
+    registry.load(criterion)  # as its file is now; says in a sentence what is missing
+    file = getattr(sys.modules[registry.find(criterion).function.partition(":")[0]], "__file__", None)
+    return hash_file(Path(file)) if file else ""
 
 
 def _choose(run: Run, candidates: dict[tuple[int, str], list[Candidate]]) -> dict[tuple[int, str], dict]:
     """The best candidate of each (n_remove, criterion) on the validation split, as it is kept."""
     measured, s = evaluator(run, "validation"), run.settings
-    plain = {pair: [c.removed for c in found] for pair, found in candidates.items() if not found[0].edit}
-    winners = measured.race(plain, s.confidence, s.exact).winners
+    plain = {
+        pair: [c.removed for c in found]
+        for pair, found in candidates.items()
+        if not any(c.edit for c in found)
+    }
+    winners = measured.race(plain, s.confidence, s.exact).winners  # edited models share no work: no race
+
+    def losses_of(candidate: Candidate) -> np.ndarray:
+        return measured.edited(candidate.edit).losses([candidate.removed])[0]
+
     rows = {}
     for pair, found in candidates.items():
-        winner = next(c for c in found if c.edit or c.removed == winners[pair])
-        values = measured.edited(winner.edit).losses([winner.removed])[0]
+        if pair in winners:
+            winner = next(c for c in found if c.removed == winners[pair])
+        else:
+            winner = min(found, key=lambda c: losses_of(c).mean())
+        values = losses_of(winner)
         low, high = perplexity_interval(values)
         rows[pair] = {
             "n_remove": pair[0],

@@ -8,15 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.capture import statistics as capture
 from simdiff_utils.capture.peak import measure_capture_memory
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
 from simdiff_utils.criterion.equations import FORMS, normalise
 from simdiff_utils.engine import load as models
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
-from simdiff_utils.models.checkpoints import checkpoint_folder
-from simdiff_utils import SimDiffError
 from simdiff_utils.files import repository_root
+from simdiff_utils.models.checkpoints import checkpoint_folder
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 

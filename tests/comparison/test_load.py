@@ -6,9 +6,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.comparison.tasks import sources as task_sources
 from simdiff_utils.comparison.tasks.load import MissingData, TaskData
-from simdiff_utils import SimDiffError
 from tests.helpers import write_rows
 
 PIQA = [

@@ -3,30 +3,32 @@ say."""
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from comparison import read_ledger, write_ledger
 
+from benchmarks.comparison import read_ledger, write_ledger
+from simdiff_utils import SimDiffError
 from simdiff_utils.comparison import rows as comparison
-from simdiff_utils.comparison.rows import PERPLEXITY, Comparison
-from simdiff_utils.comparison.tables import compare_with_shortgpt, rank_agreement, stored_rows
+from simdiff_utils.comparison.rows import PERPLEXITY, chosen_sets, measure, windows
+from simdiff_utils.comparison.tables import (
+    compare_with_shortgpt,
+    describe_criteria,
+    rank_agreement,
+    stored_rows,
+)
 from simdiff_utils.comparison.tasks.evaluate import SUITES, evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
-from simdiff_utils.criterion.propose import METHODS
+from simdiff_utils.criterion import stage
 from simdiff_utils.engine.surgery import layers_merged, layers_removed
-from simdiff_utils import SimDiffError
 from simdiff_utils.registry import CRITERIA
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
-from simdiff_utils.stages import Run
 
 GRID = [1, 2]
-METHODS_HERE = [
-    name for name in CRITERIA if name not in ("magnitude", "taylor")
-]  # those protect all 6 layers
+NAMES = [name for name in CRITERIA if name not in ("magnitude", "taylor")]  # those protect all 6 layers
 WINDOW, N_WINDOWS = 12, 5
 
 
@@ -38,7 +40,7 @@ def settings(tiny_model, tiny_text, data_folder):
         n_samples=4,
         seq_len=16,
         n_validation=4,
-        criteria=METHODS_HERE,
+        criteria=NAMES,
         n_remove_grid=GRID,
         data_folder=str(data_folder),
         window_len=WINDOW,
@@ -58,12 +60,12 @@ def root(tmp_path_factory):
 @pytest.fixture
 def run(settings, root, monkeypatch):
     monkeypatch.setenv("SIMDIFF_RUNS", str(root))
-    return Comparison(settings)
+    return Run(settings)
 
 
 @pytest.fixture
 def rows(run):
-    return run.rows()
+    return measure(run)
 
 
 @torch.inference_mode()
@@ -84,8 +86,8 @@ def window_losses_by_hand(run, data_folder, removed, merges):
 
 
 def test_perplexity_is_the_literatures_on_the_same_windows_for_all(run, rows, data_folder):
-    measured = rows[rows["metric"] == PERPLEXITY].set_index(["method", "n_remove", "seed"])
-    chosen = run.chosen_sets().set_index(["method", "n_remove", "seed"])
+    measured = rows[rows["metric"] == PERPLEXITY].set_index(["criterion", "n_remove", "seed"])
+    chosen = chosen_sets(run).set_index(["criterion", "n_remove", "seed"])
     assert list(measured.index) == list(chosen.index) and ("dense", 0, 0) in measured.index
     base = {}
     which = np.random.default_rng(0).permutation(len(window_losses_by_hand(run, data_folder, [], ())))[
@@ -100,7 +102,7 @@ def test_perplexity_is_the_literatures_on_the_same_windows_for_all(run, rows, da
         stderr = losses.std(ddof=1) / math.sqrt(N_WINDOWS)
         assert row["stderr"] == pytest.approx(row["value"] * stderr, rel=1e-3)
         assert row["low"] <= row["value"] <= row["high"]
-    ratios = rows[rows["metric"] == "ratio_to_cosine"].set_index(["method", "n_remove", "seed"])
+    ratios = rows[rows["metric"] == "ratio_to_cosine"].set_index(["criterion", "n_remove", "seed"])
     assert set(ratios.index) == set(measured.index) - {("dense", 0, 0)}
     for key, row in ratios.iterrows():
         expected = math.exp((base[key] - base["cosine", key[1], 0]).mean())
@@ -109,41 +111,39 @@ def test_perplexity_is_the_literatures_on_the_same_windows_for_all(run, rows, da
 
 def test_rows_are_one_number_each_with_its_set_seed_cost_and_provenance(run, rows):
     assert list(rows.columns) == list(comparison.COLUMNS)
-    assert not rows.duplicated(["method", "n_remove", "seed", "metric"]).any()
-    counts = rows[rows["metric"] == "passes"].groupby("method")["seed"].nunique()
-    assert {name: counts[name] for name in METHODS_HERE} == {
-        name: METHODS[name].n_seeds for name in METHODS_HERE
-    }
-    passes = rows[rows["metric"] == "passes"].set_index(["method", "n_remove", "seed"])["value"]
+    assert not rows.duplicated(["criterion", "n_remove", "seed", "metric"]).any()
+    counts = rows[rows["metric"] == "passes"].groupby("criterion")["seed"].nunique()
+    assert {name: counts[name] for name in NAMES} == {name: CRITERIA[name].n_seeds for name in NAMES}
+    passes = rows[rows["metric"] == "passes"].set_index(["criterion", "n_remove", "seed"])["value"]
     assert passes["cosine", 2, 0] == 1 and passes["one-shot", 2, 0] == 6 and passes["tail", 1, 0] == 0
     assert passes["sleb", 2, 0] == 4 + 3 and passes["window", 2, 0] == 5
     assert rows["provenance"].dropna().str.contains(f"weights {run.checkpoint.sha256[:8]}").all()
     assert set(rows["model"]) == {"tiny"}
 
 
-def test_task_scores_are_those_of_the_tasks_stage_for_the_methods_and_numbers_asked(run, rows, data_folder):
-    chosen = run.chosen_sets().set_index(["method", "n_remove", "seed"])["removed"]
+def test_task_scores_are_those_of_the_tasks_stage_for_the_criteria_and_numbers_asked(run, rows, data_folder):
+    chosen = chosen_sets(run).set_index(["criterion", "n_remove", "seed"])["removed"]
     asked = {("dense", 0), ("cosine", 2), ("sleb", 2)}
     accuracies = rows[rows["metric"].isin([f"{task} acc" for task in SUITES["zero_shot"]])]
-    assert set(zip(accuracies["method"], accuracies["n_remove"], strict=True)) == asked
+    assert set(zip(accuracies["criterion"], accuracies["n_remove"], strict=True)) == asked
     sets = [frozenset(chosen[(*pair, 0)]) for pair in sorted(asked)]
     scores = evaluate_tasks(
         run.decoder, run.tokenizer, sets, SUITES["zero_shot"], TaskData(data_folder, ("folder",)), 6
     )
     expected = scores[scores["metric"] == "acc"].assign(removed=lambda table: table["removed"].map(str))
-    for method, n_remove in asked:
-        mine = expected[expected["removed"] == str(chosen[method, n_remove, 0])].set_index("task")
+    for criterion, n_remove in asked:
+        mine = expected[expected["removed"] == str(chosen[criterion, n_remove, 0])].set_index("task")
         for row in accuracies[
-            (accuracies["method"] == method) & (accuracies["n_remove"] == n_remove)
+            (accuracies["criterion"] == criterion) & (accuracies["n_remove"] == n_remove)
         ].itertuples():
             found = mine.loc[row.metric.removesuffix(" acc")]
             assert (row.value, row.stderr, row.n) == (found["value"], found["stderr"], 6)
             assert row.low == pytest.approx(row.value - 1.96 * row.stderr) and row.split.endswith("(folder)")
         average = rows[
-            (rows["method"] == method) & (rows["n_remove"] == n_remove) & (rows["metric"] == "AVG")
+            (rows["criterion"] == criterion) & (rows["n_remove"] == n_remove) & (rows["metric"] == "AVG")
         ]["value"]
         assert average.item() == pytest.approx(mine["value"].mean()) and len(mine) == 8
-    retained = rows[rows["metric"] == "RP"].set_index("method")["value"]
+    retained = rows[rows["metric"] == "RP"].set_index("criterion")["value"]
     assert retained["dense"] == 100 and set(retained.index) == {"dense", "cosine", "sleb"}
 
 
@@ -151,7 +151,7 @@ def test_stories_are_answered_beside_the_tasks(run, rows, settings, monkeypatch)
     with pytest.raises(
         SimDiffError, match="coqa has the model write up to 256 tokens, and its context is 64"
     ):
-        Comparison(replace(settings, n_stories=3)).rows()
+        measure(Run(settings.replace(n_stories=3)))
     asked = []
 
     def note(*args, tasks, limit, **kwargs):
@@ -159,33 +159,59 @@ def test_stories_are_answered_beside_the_tasks(run, rows, settings, monkeypatch)
         return evaluate_tasks(*args, tasks=[task for task in tasks if task != "coqa"], limit=limit, **kwargs)
 
     monkeypatch.setattr(comparison, "evaluate_tasks", note)
-    Comparison(replace(settings, n_stories=3)).rows()
+    measure(Run(settings.replace(n_stories=3)))
     assert asked == [(SUITES["zero_shot"], 6), (("coqa",), 3)]
 
 
-def test_what_was_measured_is_read_even_by_later_code(run, rows, settings, monkeypatch):
-    monkeypatch.setattr("simdiff_utils.run.code_digest", lambda: "of a later version")
-
-    def refuse(*_args, **_kwargs):
-        pytest.fail("computed again")
-
-    monkeypatch.setattr("simdiff_utils.criterion.race.block_losses", refuse)
-    pd.testing.assert_frame_equal(Comparison(settings).rows(), rows)
-    assert Run(settings)._folder("choices", ("seed",)).exists() is False  # ordinary stages do notice it
+@pytest.fixture
+def chosen(run):
+    return chosen_sets(run)
 
 
-def test_another_machine_goes_on_from_the_ledger(run, rows, settings, monkeypatch, tmp_path):
+@pytest.fixture
+def later_code(chosen, monkeypatch):
+    """The package's code is another one than that which chose."""
+    for module in ("run", "criterion.stage"):
+        monkeypatch.setattr(f"simdiff_utils.{module}.code_digest", lambda room: f"of a later {room}")
+
+
+def refuse(*_args, **_kwargs):
+    pytest.fail("computed again")
+
+
+def test_what_was_measured_is_read_by_later_code_and_choices_are_made_again(
+    rows, settings, chosen, later_code, monkeypatch
+):
+    monkeypatch.setattr(comparison.Evaluator, "_compute", refuse)
+    monkeypatch.setattr("simdiff_utils.comparison.tasks.evaluate._compute", refuse)
+    later = Run(settings)
+    assert not stage.choice_file(later, "sleb", 2).exists()
+    monkeypatch.setattr(comparison, "chosen_sets", lambda _: chosen)
+    pd.testing.assert_frame_equal(measure(later), rows)
+
+
+@pytest.fixture
+def elsewhere(run, rows, settings, monkeypatch, tmp_path):
+    """A run on a machine that has nothing but the ledger."""
     write_ledger(run, tmp_path / "ledger.jsonl")
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "elsewhere"))
-    elsewhere = Comparison(settings)
+    return Run(settings)
+
+
+def test_another_machine_goes_on_from_the_ledger(elsewhere, rows, monkeypatch, tmp_path):
     read_ledger(elsewhere, tmp_path / "ledger.jsonl")
-
-    def refuse(*_args, **_kwargs):
-        pytest.fail("computed again")
-
     monkeypatch.setattr("simdiff_utils.criterion.race.block_losses", refuse)
     monkeypatch.setattr("simdiff_utils.comparison.tasks.evaluate._compute", refuse)
-    pd.testing.assert_frame_equal(elsewhere.rows(), rows)
+    pd.testing.assert_frame_equal(measure(elsewhere), rows)
+    write_ledger(elsewhere, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "ledger.jsonl").read_text()
+
+
+def test_of_the_ledger_later_code_takes_what_was_measured_and_no_choice(elsewhere, tmp_path, later_code):
+    read_ledger(elsewhere, tmp_path / "ledger.jsonl")
+    assert not list(elsewhere.folder.glob("choices-*"))
+    taken = {path.name.partition("-wikitext2")[0] for path in (elsewhere.folder / "comparison").iterdir()}
+    assert taken == {"losses", "tasks"}
 
 
 def test_more_windows_take_those_that_were_measured_again(run, rows, settings, monkeypatch):
@@ -197,9 +223,7 @@ def test_more_windows_take_those_that_were_measured_again(run, rows, settings, m
         true(self, sets, blocks)
 
     monkeypatch.setattr(comparison.Evaluator, "_compute", spy)
-    more = Comparison(
-        replace(settings, n_windows=N_WINDOWS + 2, criteria=["cosine", "tail"], task_grid=[])
-    ).rows()
+    more = measure(Run(settings.replace(n_windows=N_WINDOWS + 2, criteria=["cosine", "tail"], task_grid=[])))
     dense = [block for removed, block in computed if not removed]
     assert len(dense) == len(set(dense)) == 2
     assert (more[more["metric"] == PERPLEXITY]["n"] == N_WINDOWS + 2).all()
@@ -207,9 +231,18 @@ def test_more_windows_take_those_that_were_measured_again(run, rows, settings, m
 
 def test_too_many_windows_or_no_text_is_one_sentence(settings, run, tmp_path):
     with pytest.raises(SimDiffError, match="lower n_windows or window_len"):
-        Comparison(replace(settings, n_windows=10_000)).rows()
+        measure(Run(settings.replace(n_windows=10_000)))
     with pytest.raises(SimDiffError, match="no wikitext2/wiki.test.raw.gz in"):
-        Comparison(replace(settings, data_folder=str(tmp_path))).windows()
+        windows(Run(settings.replace(data_folder=str(tmp_path))))
+
+
+def test_the_registry_as_a_table_says_what_is_compared_and_what_it_costs():
+    table = describe_criteria(32, 8).set_index("name")
+    assert list(table.index) == list(CRITERIA)
+    compared = {"mssd", "masd", "log-mssd", "relative", "portfolio", "window", "laco"}
+    assert set(table.index[table["then compares sets"] == "yes"]) == compared
+    assert table.loc["sleb", "passes before comparing (L=32, K=8)"] == 212
+    assert table.loc["taylor", "never removes (of 32)"] == "0, 1, 2, 3, 30, 31"
 
 
 def test_a_model_that_was_not_measured_is_refused():
@@ -218,10 +251,10 @@ def test_a_model_that_was_not_measured_is_refused():
 
 
 def make_rows(cells):
-    """Rows of one model from (method, n_remove, removed, perplexity, ratio, low, high, AVG)."""
+    """Rows of one model from (criterion, n_remove, removed, perplexity, ratio, low, high, AVG)."""
     rows = []
-    for method, n_remove, removed, perplexity, ratio, low, high, average in cells:
-        shared = {"model": "m", "method": method, "n_remove": n_remove, "seed": 0, "removed": removed}
+    for criterion, n_remove, removed, perplexity, ratio, low, high, average in cells:
+        shared = {"model": "m", "criterion": criterion, "n_remove": n_remove, "seed": 0, "removed": removed}
         rows.append(
             shared | {"metric": PERPLEXITY, "value": perplexity, "low": perplexity, "high": perplexity}
         )

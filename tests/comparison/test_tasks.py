@@ -21,12 +21,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers.utils import logging as transformers_logging
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.comparison.tasks.evaluate import BLANK, COLUMNS, SUITES, average_accuracy, evaluate_tasks
 from simdiff_utils.comparison.tasks.lm import SetsLM
 from simdiff_utils.comparison.tasks.load import TaskData
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
 from simdiff_utils.pruning.export import export_pruned
-from simdiff_utils import SimDiffError
 from tests.helpers import SETS, build_by_hand, words, write_rows
 
 DENSE = frozenset()

@@ -1,27 +1,21 @@
-"""What the methods of layer statistics propose, from made-up ones in which the right answer is known or
-counted by hand; what every method costs. `test_peers` has the methods that look at more."""
+"""What the criteria of layer statistics propose, from made-up ones in which the right answer is known or
+counted by hand; what every criterion costs. `test_every_criterion` has those that look at more."""
 
 import numpy as np
 import pytest
 
+from simdiff_utils import SimDiffError, registry
 from simdiff_utils.capture.statistics import LayerStatistics
-from simdiff_utils.criterion.equations import FORMS
-from simdiff_utils.criterion.propose import (
-    METHODS,
-    N_BLOCKS,
-    Candidate,
-    Evidence,
-    alpha_path,
-    count_passes,
-    summarise_forms,
-)
-from simdiff_utils import SimDiffError
+from simdiff_utils.criterion.candidates import Candidate, Evidence
+from simdiff_utils.criterion.laco import Merges
+from simdiff_utils.criterion.propose import N_BLOCKS, count_passes, propose, summarise_paths
 from simdiff_utils.registry import CRITERIA
 
+LINES = registry.of_kind("line")
 N_LAYERS, N_SAMPLES, SEQ_LEN = 8, 4, 10
 NUMBERS = range(1, N_LAYERS)
 SINGLE = ("cosine", "angular", "tail", "random")  # methods that have chosen
-FROM_STATISTICS = (*SINGLE, *FORMS, "portfolio", "window")  # methods that look at nothing else
+FROM_STATISTICS = (*SINGLE, *LINES, "portfolio", "window")  # methods that look at nothing else
 
 
 def make_statistics(seed=0, n_layers=N_LAYERS):
@@ -35,8 +29,8 @@ def make_statistics(seed=0, n_layers=N_LAYERS):
     return LayerStatistics(tokens.mean(2), tokens.mean(3), rng.uniform(0, 1, n_layers), turned + turned.T)
 
 
-def proposed(method, statistics, n_remove):
-    return [candidate.removed for candidate in METHODS[method].propose(Evidence(statistics), n_remove)]
+def proposed(criterion, statistics, n_remove):
+    return [candidate.removed for candidate in propose(criterion, Evidence(statistics), n_remove)]
 
 
 def smallest(values, n):
@@ -48,31 +42,32 @@ def statistics(request):
     return make_statistics(request.param)
 
 
-def test_the_settings_know_every_method():
-    assert tuple(METHODS) == CRITERIA
-    assert all(method.label and method.source for method in METHODS.values())
-    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+def test_every_criterion_has_a_label_of_its_own():
+    assert all(criterion.label and criterion.source for criterion in CRITERIA.values())
+    assert len({criterion.label for criterion in CRITERIA.values()}) == len(CRITERIA)
 
 
-@pytest.mark.parametrize("method", FROM_STATISTICS)
-def test_statistics_are_enough_for_sets_of_the_number_of_layers_asked_for(statistics, method):
+@pytest.mark.parametrize("criterion", FROM_STATISTICS)
+def test_statistics_are_enough_for_sets_of_the_number_of_layers_asked_for(statistics, criterion):
     for n_remove in NUMBERS:
-        sets = proposed(method, statistics, n_remove)
+        sets = proposed(criterion, statistics, n_remove)
         assert sets and len(sets) == len(set(sets))
-        assert len(sets) == 1 or method not in SINGLE
+        assert len(sets) == 1 or criterion not in SINGLE
         for removed in sets:
             assert type(removed) is frozenset and {type(i) for i in removed} == {int}
             assert len(removed) == n_remove and removed <= set(range(N_LAYERS))
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in FROM_STATISTICS])
-def test_methods_that_look_at_more_than_the_statistics_say_so(statistics, method):
+@pytest.mark.parametrize(
+    "criterion", [criterion for criterion in CRITERIA if criterion not in FROM_STATISTICS]
+)
+def test_methods_that_look_at_more_than_the_statistics_say_so(statistics, criterion):
     with pytest.raises(
         SimDiffError,
         match="looks at more than the layer statistics: give Evidence the decoder, the "
         "calibration blocks and the evaluator as well",
     ) as error:
-        proposed(method, statistics, 1)
+        proposed(criterion, statistics, 1)
     assert "\n" not in str(error.value)
 
 
@@ -110,13 +105,13 @@ def test_of_equal_distances_cosine_takes_the_earlier():
         assert proposed("cosine", statistics, n_remove) == [expected]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LINES)
 def test_every_forms_path_goes_from_cosines_set_to_that_of_the_difference(statistics, form):
     difference = statistics.by_position[{"mssd": 1, "log-mssd": 1, "masd": 2, "relative": 3}[form]].mean(
         axis=1
     )
     for n_remove in NUMBERS:
-        candidates = METHODS[form].propose(Evidence(statistics), n_remove)
+        candidates = propose(form, Evidence(statistics), n_remove)
         assert candidates[0].low == 0 and candidates[-1].high == 1
         assert [c.low for c in candidates[1:]] == [
             c.high for c in candidates[:-1]
@@ -126,9 +121,9 @@ def test_every_forms_path_goes_from_cosines_set_to_that_of_the_difference(statis
         assert candidates[-1].removed == smallest(difference, n_remove)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LINES)
 def test_a_forms_candidates_are_its_path(statistics, form):
-    path = alpha_path(statistics, form)
+    path = Evidence(statistics).alpha_path(form)
     for n_remove, rows in path.groupby("n_remove"):
         assert [sorted(removed) for removed in proposed(form, statistics, n_remove)] == list(rows["removed"])
     assert set(path["n_remove"]) == set(NUMBERS)
@@ -163,8 +158,8 @@ def test_the_portfolio_holds_what_forms_cosine_angular_blocks_and_tail_propose(s
     found = proposed("portfolio", statistics, n_remove)
     others = {
         removed
-        for method in (*FORMS, "cosine", "angular", "tail")
-        for removed in proposed(method, statistics, n_remove)
+        for criterion in (*LINES, "cosine", "angular", "tail")
+        for removed in proposed(criterion, statistics, n_remove)
     }
     turned = [statistics.angular_distance[i, i + n_remove] for i in range(N_LAYERS - n_remove + 1)]
     blocks = {frozenset(range(i, i + n_remove)) for i in smallest(turned, N_BLOCKS)}
@@ -175,30 +170,30 @@ def test_the_portfolio_holds_what_forms_cosine_angular_blocks_and_tail_propose(s
 def test_a_set_in_the_portfolio_is_its_first_proposers(statistics):
     for n_remove in NUMBERS:
         cosine = proposed("cosine", statistics, n_remove)[0]
-        first = {c.removed: c for c in METHODS["portfolio"].propose(Evidence(statistics), n_remove)}
-        assert first[cosine].proposed_by == FORMS[0]
-        for candidate in METHODS[FORMS[0]].propose(Evidence(statistics), n_remove):
+        first = {c.removed: c for c in propose("portfolio", Evidence(statistics), n_remove)}
+        assert first[cosine].proposed_by == LINES[0]
+        for candidate in propose(LINES[0], Evidence(statistics), n_remove):
             assert first[candidate.removed] == candidate
 
 
 def test_a_form_is_called_shortgpt_only_where_it_chooses_nothing_else():
     statistics = make_statistics()
     grid = [2, 4]
-    summary = summarise_forms(statistics, grid).set_index("form")
-    assert list(summary.index) == list(FORMS) and not summary["saturated"].any()
-    for form in FORMS:
+    summary = summarise_paths(Evidence(statistics), grid).set_index("criterion")
+    assert list(summary.index) == list(LINES) and not summary["saturated"].any()
+    for form in LINES:
         sets = [proposed(form, statistics, n_remove) for n_remove in grid]
         assert [summary.loc[form, f"sets, K={k}"] for k in grid] == [len(found) for found in sets]
         assert summary.loc[form, "shortgpt"] == all(len(found) == 1 for found in sets)
     statistics.by_position[1] += (
         40  # every sigmoid of MSSD is 1; log MSSD and the others still tell layers apart
     )
-    summary = summarise_forms(statistics, grid).set_index("form")
+    summary = summarise_paths(Evidence(statistics), grid).set_index("criterion")
     assert summary.loc["mssd", "saturated"] == N_LAYERS and summary.loc["mssd", "shortgpt"]
     assert not summary.loc["log-mssd", "shortgpt"] and summary.loc["log-mssd", "saturated"] == 0
 
 
-# ---- what every method costs ---------------------------------------------------------------------
+# ---- what every criterion costs
 
 
 def test_the_published_counts_of_passes_come_out():
@@ -215,41 +210,39 @@ def test_the_published_counts_of_passes_come_out():
         "one-shot": 32,
         "sleb": 212,
     }
-    for method, expected in reference.items():
-        assert count_passes(METHODS[method], [Candidate(frozenset(range(8)), method)], 32, 8) == expected
-    assert count_passes(METHODS["sleb"], [Candidate(frozenset(range(1, 7)), "sleb")], 30, 6) == 153
-    windows = METHODS["window"].propose(Evidence(make_statistics(n_layers=32)), 8)
-    assert len(windows) == 25 == count_passes(METHODS["window"], windows, 32, 8)
-    merged = Candidate(frozenset({3, 4}), "laco", merges=((2, (3, 4)),), n_models=17)
-    assert count_passes(METHODS["laco"], [merged], 32, 2) == 17
-    assert set(reference) | {"window", "laco", "portfolio", *FORMS} == set(METHODS)
+    for criterion, expected in reference.items():
+        assert count_passes(criterion, [Candidate(frozenset(range(8)), criterion)], 32, 8) == expected
+    assert count_passes("sleb", [Candidate(frozenset(range(1, 7)), "sleb")], 30, 6) == 153
+    windows = propose("window", Evidence(make_statistics(n_layers=32)), 8)
+    assert len(windows) == 25 == count_passes("window", windows, 32, 8)
+    merged = Candidate(frozenset({3, 4}), "laco", edit=Merges(((2, (3, 4)),)), n_models=17)
+    assert count_passes("laco", [merged], 32, 2) == 17
+    assert set(reference) | {"window", "laco", "portfolio", *LINES} == set(CRITERIA)
 
 
-@pytest.mark.parametrize("method", [*FORMS, "portfolio"])
-def test_a_set_alone_has_won_and_several_cost_a_pass_each(statistics, method):
+@pytest.mark.parametrize("criterion", [*LINES, "portfolio"])
+def test_a_set_alone_has_won_and_several_cost_a_pass_each(statistics, criterion):
     for n_remove in NUMBERS:
-        candidates = METHODS[method].propose(Evidence(statistics), n_remove)
+        candidates = propose(criterion, Evidence(statistics), n_remove)
         n_sets = len({candidate.removed for candidate in candidates})
-        assert count_passes(METHODS[method], candidates, N_LAYERS, n_remove) == 1 + (
-            n_sets if n_sets > 1 else 0
-        )
+        assert count_passes(criterion, candidates, N_LAYERS, n_remove) == 1 + (n_sets if n_sets > 1 else 0)
         twice = [*candidates[:1], *candidates[:1]]
-        assert count_passes(METHODS[method], twice, N_LAYERS, n_remove) == 1
+        assert count_passes(criterion, twice, N_LAYERS, n_remove) == 1
 
 
 def test_sleb_looks_at_every_layer_left_but_the_two_ends():
     for n_layers in range(3, 12):
         for n_remove in range(1, n_layers - 1):
             looked_at = sum(len(range(1, n_layers - 1)[step:]) for step in range(n_remove))
-            assert METHODS["sleb"].passes(n_layers, n_remove) == looked_at
+            assert CRITERIA["sleb"].passes(n_layers, n_remove) == looked_at
 
 
 def test_only_taylor_takes_gradients():
-    assert {name for name, method in METHODS.items() if method.gradients} == {"taylor"}
+    assert {name for name, row in CRITERIA.items() if "gradients" in row.sees} == {"taylor"}
 
 
 @pytest.mark.parametrize(
-    ("method", "n_layers", "expected"),
+    ("criterion", "n_layers", "expected"),
     [
         ("magnitude", 32, {0, 1, 2, 3, 30, 31}),
         ("taylor", 32, {0, 1, 2, 3, 30, 31}),
@@ -262,12 +255,12 @@ def test_only_taylor_takes_gradients():
         ("sleb", 1, {0}),
     ],
 )
-def test_what_is_protected_are_layers_of_the_model(method, n_layers, expected):
-    assert METHODS[method].protected(n_layers) == expected
+def test_what_is_protected_are_layers_of_the_model(criterion, n_layers, expected):
+    assert CRITERIA[criterion].protected(n_layers) == expected
 
 
 def test_no_other_method_protects_a_layer():
-    assert {name for name, method in METHODS.items() if method.protected(32)} == {
+    assert {name for name, criterion in CRITERIA.items() if criterion.protected(32)} == {
         "magnitude",
         "taylor",
         "sleb",

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from simdiff_utils.criterion import race as evaluator_module
+from simdiff_utils import SimDiffError
+from simdiff_utils.criterion import race as race_module
+from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.race import Cost, Evaluator
-from simdiff_utils.criterion.search import greedy, leave_one_out
+from simdiff_utils.criterion.search import leave_one_out
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.perplexity import block_losses
-from simdiff_utils import SimDiffError
 from tests.helpers import N_LAYERS, SETS, VOCAB_SIZE, merge_by_hand
 
 DENSE = frozenset()
@@ -34,19 +35,6 @@ def layer_runs(sets, n_layers):
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """What `block_losses` is asked for from here on: (sets, number of blocks) per call."""
-    calls = []
-
-    def spy(decoder, blocks, sets, *args, **kwargs):
-        calls.append((set(sets), len(blocks)))
-        return block_losses(decoder, blocks, sets, *args, **kwargs)
-
-    monkeypatch.setattr(evaluator_module, "block_losses", spy)
-    return calls
-
-
-@pytest.fixture
 def made_up(monkeypatch):
     """Function: {set: losses per block} -> an evaluator that finds those, and `cells`, each (set, block)
     computed."""
@@ -59,7 +47,7 @@ def made_up(monkeypatch):
             cells.extend((removed, int(block)) for removed in sets for block in which)
             return np.array([table[removed][which] for removed in sets])
 
-        monkeypatch.setattr(evaluator_module, "block_losses", look_up)
+        monkeypatch.setattr(race_module, "block_losses", look_up)
         n_blocks = len(next(iter(table.values())))
         numbered = torch.arange(n_blocks)[:, None].expand(-1, 2)  # each block's first token is its number
         return Evaluator(SimpleNamespace(n_layers=len(NAMES)), numbered), cells
@@ -80,7 +68,7 @@ def best_of(table, sets=None):
     return min(sets or table, key=lambda removed: table[removed].mean())
 
 
-# ---- losses and cost -----------------------------------------------------------------------------
+# ---- losses and cost
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
@@ -175,9 +163,9 @@ def test_sets_that_name_no_layers_are_refused(llama, blocks):
         Evaluator(Decoder(llama), blocks).losses([frozenset({6})])
 
 
-# ---- merged weights ------------------------------------------------------------------------------
+# ---- merged weights
 
-MERGES, FOLDED = ((3, (4,)), (1, (2, 3))), frozenset({2, 3, 4})
+EDIT, FOLDED = Merges(((3, (4,)), (1, (2, 3)))), frozenset({2, 3, 4})
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
@@ -185,9 +173,9 @@ def test_losses_of_merged_weights_are_those_of_a_model_made_by_hand(make_tiny, b
     model = make_tiny(name)
     plain = Evaluator(Decoder(model), blocks)
     dense = plain.losses([DENSE, FOLDED])
-    merged = plain.merged(MERGES)
+    merged = plain.edited(EDIT)
     found = merged.losses([FOLDED, DENSE, frozenset({0, 2, 3, 4})])
-    by_hand = Decoder(merge_by_hand(model, MERGES))
+    by_hand = Decoder(merge_by_hand(model, EDIT.merges))
     expected = block_losses(by_hand, blocks, (FOLDED, DENSE, frozenset({0, 2, 3, 4})))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert abs(found[0] - dense[1]).max() > 1e-3, "not those of plain removal"
@@ -201,33 +189,36 @@ def test_losses_of_merged_weights_are_those_of_a_model_made_by_hand(make_tiny, b
 def test_merged_losses_lie_in_a_folder_of_their_own(llama, blocks, computed, tmp_path):
     evaluator = Evaluator(Decoder(llama), blocks, folder=tmp_path)
     (plain,) = evaluator.losses([FOLDED])
-    found = {
-        merges: evaluator.merged(merges).losses([FOLDED])[0]
-        for merges in (MERGES, ((1, (2, 3, 4)),), ((0, (2,)), (1, (3, 4))))
-    }
+    edits = [EDIT, Merges(((1, (2, 3, 4)),)), Merges(((0, (2,)), (1, (3, 4))))]
+    found = {edit: evaluator.edited(edit).losses([FOLDED])[0] for edit in edits}
     assert all(abs(one - other).max() > 1e-3 for one, other in combinations([plain, *found.values()], 2))
     assert len(list(tmp_path.glob("merged-*/without-2-3-4.json"))) == 3 and len(computed) == 4
     again = Evaluator(Decoder(llama), blocks, folder=tmp_path)
-    for merges, losses in found.items():
-        as_in_json = [[stays, list(folded)] for stays, folded in merges]
-        for given in (merges, as_in_json):
-            np.testing.assert_array_equal(again.merged(given).losses([FOLDED])[0], losses)
+    for edit, losses in found.items():
+        as_in_json = Merges.read([[stays, list(folded)] for stays, folded in edit.merges])
+        assert as_in_json == edit and edit.removed == FOLDED
+        np.testing.assert_array_equal(again.edited(as_in_json).losses([FOLDED])[0], losses)
     np.testing.assert_array_equal(again.losses([FOLDED])[0], plain)
     assert len(computed) == 4
 
 
-def test_without_merges_the_evaluator_is_the_same_and_merges_add_up(llama, blocks):
-    evaluator = Evaluator(Decoder(llama), blocks)
-    assert evaluator.merged(()) is evaluator and evaluator.merged([]) is evaluator
-    one_by_one = evaluator.merged(MERGES[:1]).merged(MERGES[1:])
-    np.testing.assert_array_equal(one_by_one.losses([FOLDED]), evaluator.merged(MERGES).losses([FOLDED]))
-    assert (one_by_one.n_layers, one_by_one.n_blocks) == (N_LAYERS, 5)
+def test_an_edit_takes_the_place_of_another_and_none_gives_the_plain_model(llama, blocks, computed, tmp_path):
+    plain = Evaluator(Decoder(llama), blocks, folder=tmp_path)
+    edited, other = plain.edited(EDIT), Merges(((0, (1,)),))
+    assert Merges.read([]) is None and plain.edited(None) is plain and edited.edited(EDIT) is edited
+    assert (edited.n_layers, edited.n_blocks) == (N_LAYERS, 5)
+    np.testing.assert_array_equal(edited.edited(other).losses([FOLDED]), plain.edited(other).losses([FOLDED]))
+    np.testing.assert_array_equal(edited.edited(None).losses([FOLDED]), plain.losses([FOLDED]))
+    assert len(computed) == 2 and sorted(path.name for path in tmp_path.iterdir()) == [
+        other.key,
+        "without-2-3-4.json",
+    ]
 
 
 def test_merged_sets_may_race(llama, blocks):
-    evaluator = Evaluator(Decoder(llama), blocks).merged(MERGES)
+    evaluator = Evaluator(Decoder(llama), blocks).edited(EDIT)
     sets = [FOLDED, frozenset({0, 2, 3, 4}), frozenset({2, 3, 4, 5})]
-    expected = block_losses(Decoder(merge_by_hand(llama, MERGES)), blocks, tuple(sets)).mean(1).argmin()
+    expected = block_losses(Decoder(merge_by_hand(llama, EDIT.merges)), blocks, tuple(sets)).mean(1).argmin()
     assert evaluator.race({0: sets}).winners[0] == sets[expected]
 
 
@@ -236,14 +227,14 @@ def test_weights_are_whole_again_where_losses_fail(llama, blocks, monkeypatch):
         raise KeyboardInterrupt
 
     weights = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-    evaluator = Evaluator(Decoder(llama), blocks).merged(MERGES)
-    monkeypatch.setattr(evaluator_module, "block_losses", fail)
+    evaluator = Evaluator(Decoder(llama), blocks).edited(EDIT)
+    monkeypatch.setattr(race_module, "block_losses", fail)
     with pytest.raises(KeyboardInterrupt):
         evaluator.losses([FOLDED])
     assert all(torch.equal(tensor, weights[name]) for name, tensor in llama.state_dict().items())
 
 
-# ---- races ---------------------------------------------------------------------------------------
+# ---- races
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -335,9 +326,7 @@ def test_sets_without_a_difference_stay_and_the_first_wins(made_up):
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 5])
 def test_few_blocks(made_up, n_blocks):
     table = realistic(np.random.default_rng(8), n_blocks=n_blocks)
-    for first_slice in (1, 4):
-        found = made_up(table)[0].race({0: NAMES}, first_slice=first_slice, confidence=0.999)
-        assert found.winners == {0: best_of(table)}
+    assert made_up(table)[0].race({0: NAMES}, confidence=0.999).winners == {0: best_of(table)}
 
 
 def test_a_race_gives_the_same_again(made_up):
@@ -379,55 +368,6 @@ def test_races_keep_their_promise_and_save_work(made_up, confidence, heavy):
     right, share = replay(made_up, confidence, heavy)
     assert right >= confidence
     assert share < 0.7
-
-
-# ---- searches ------------------------------------------------------------------------------------
-
-
-def greedy_by_hand(decoder, blocks, n_remove, protected=()):
-    chosen = []
-    for _ in range(n_remove):
-        losses = {
-            i: block_losses(decoder, blocks, (frozenset([*chosen, i]),)).mean()
-            for i in range(decoder.n_layers)
-            if i not in chosen and i not in protected
-        }
-        chosen.append(min(losses, key=losses.get))
-    return chosen
-
-
-@pytest.mark.parametrize("protected", [frozenset(), frozenset({0, 5}), frozenset({1, 2})])
-def test_greedy_is_a_search_by_hand(llama, blocks, protected):
-    decoder = Decoder(llama)
-    expected = greedy_by_hand(decoder, blocks, 3, protected)
-    assert greedy(Evaluator(decoder, blocks), 3, protected, exact=True) == expected
-    assert greedy(Evaluator(decoder, blocks), 3, protected, confidence=0.999) == expected
-    assert not protected & set(expected)
-    for n_remove in (0, 1, 2):
-        assert greedy(Evaluator(decoder, blocks), n_remove, protected, exact=True) == expected[:n_remove]
-
-
-def test_greedy_finds_nothing_twice(llama, blocks):
-    evaluator = Evaluator(Decoder(llama), blocks)
-    greedy(evaluator, 3, exact=True)
-    spent = evaluator.cost.head_tokens
-    assert spent == (6 + 5 + 4) * 5 * 19
-    greedy(evaluator, 3)
-    leave_one_out(evaluator)
-    assert evaluator.cost.head_tokens == spent
-
-
-def test_greedy_never_takes_a_protected_layer(llama, blocks):
-    assert sorted(greedy(Evaluator(Decoder(llama), blocks), 4, frozenset({0, 5}))) == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(("n_remove", "protected"), [(5, {0, 5}), (7, {}), (1, set(range(6)))])
-def test_greedy_refuses_more_layers_than_there_are(llama, blocks, computed, n_remove, protected):
-    with pytest.raises(
-        SimDiffError, match=f"remove {n_remove} of 6 layers while {len(protected)} are protected"
-    ):
-        greedy(Evaluator(Decoder(llama), blocks), n_remove, frozenset(protected))
-    assert not computed
 
 
 def test_a_group_without_candidates_is_refused(made_up):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine import budget as memory
 from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils import SimDiffError
 from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
 
 TINY = dict(

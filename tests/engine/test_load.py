@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from simdiff_utils.engine.load import decoder_layers, decoder_stack, generate_text, layers_path, pick_dtype
 from simdiff_utils import SimDiffError
+from simdiff_utils.engine.load import decoder_layers, decoder_stack, generate_text, layers_path, pick_dtype
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine import perplexity as perplexity_module
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
@@ -16,7 +17,6 @@ from simdiff_utils.engine.perplexity import (
     perplexity_interval,
 )
 from simdiff_utils.engine.surgery import layers_removed
-from simdiff_utils import SimDiffError
 
 
 @torch.inference_mode()

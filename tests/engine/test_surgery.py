@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine import surgery
 from simdiff_utils.engine.decoder import stream_decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.surgery import layers_merged, layers_removed, plan_cut
-from simdiff_utils import SimDiffError
 from tests.helpers import MIXED, N_LAYERS, SETS, build_by_hand, logits_of, merge_by_hand
 
 sets = pytest.mark.parametrize("removed", SETS, ids=lambda s: "-".join(map(str, sorted(s))))

@@ -174,7 +174,7 @@ def test_the_key_changes_with_every_fact_and_not_with_their_order():
 
 
 def test_the_key_is_the_same_in_another_process():
-    script = "from simdiff_utils.settings import Settings, hash_facts; print(hash_facts(dict(Settings())))"
+    script = "from simdiff_utils.settings import Settings, hash_facts; printhash_factsdictSettings"
     for seed in ("1", "2"):
         command = [sys.executable, "-c", script]
         environment = os.environ | {"PYTHONHASHSEED": seed}

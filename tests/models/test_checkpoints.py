@@ -14,10 +14,10 @@ import torch
 from huggingface_hub import errors as hub_errors
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import load_model, load_tokenizer, pick_device
 from simdiff_utils.models import checkpoints
 from simdiff_utils.models.checkpoints import resolve_checkpoint
-from simdiff_utils import SimDiffError
 
 
 @pytest.fixture

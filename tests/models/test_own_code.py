@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.capture.peak import measure_capture_memory
+from simdiff_utils.files import repository_root
 from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.own_code import needs_own_code
 from simdiff_utils.recovery.stage import Ladder
-from simdiff_utils import SimDiffError
-from simdiff_utils.files import repository_root
 from simdiff_utils.settings import Settings
 from simdiff_utils.speed.memory import measure_peak_memory
 from simdiff_utils.speed.timing import Protocol

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import open_decoder, stream_decoder
 from simdiff_utils.models import shapes
 from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.shapes import PAPER_MODELS, SHAPES, count_parameters, shape_folder
-from simdiff_utils import SimDiffError
 
 # Published on the models' own pages.
 KNOWN_PARAMETERS = {

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine import surgery, weights
 from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers, load_model
@@ -20,7 +21,6 @@ from simdiff_utils.files import read_json
 from simdiff_utils.models.checkpoints import checkpoint_folder
 from simdiff_utils.pruning import export
 from simdiff_utils.pruning.export import export_pruned, export_recovered, verify_export
-from simdiff_utils import SimDiffError
 from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
 
 FACTS = {

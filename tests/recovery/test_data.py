@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.recovery import data as training_data
 from simdiff_utils.recovery.data import block_rows, hash_rows, load_rows, pad_rows, pad_token_id
-from simdiff_utils import SimDiffError
 
 ROWS = [
     {"instruction": f"w{10 + i}", "input": "w5" if i % 2 else "", "output": f"w{40 + i} w7"}

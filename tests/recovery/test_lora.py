@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.recovery import lora as recovery
 from simdiff_utils.recovery.data import block_rows
 from simdiff_utils.recovery.distillation import distillation_loss
 from simdiff_utils.recovery.lora import PRESETS, Recipe, lora_config, recipe_for, train_lora
-from simdiff_utils import SimDiffError
 
 TINY = Recipe(
     data="text",

@@ -11,11 +11,11 @@ from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.recovery.repair import REPAIRS, STRENGTHS, find_cuts, repair
 from simdiff_utils.recovery.writers import Writer, find_writers
-from simdiff_utils import SimDiffError
 from tests.helpers import VOCAB_SIZE, build_by_hand, logits_of
 
 # What writes to the residual stream, last to first, as the families' own code has it.

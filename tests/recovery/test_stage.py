@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from simdiff_utils.recovery.stage import Ladder
 from simdiff_utils import SimDiffError
+from simdiff_utils.recovery.stage import Ladder
 from simdiff_utils.settings import Settings
 
 SMALL = dict(

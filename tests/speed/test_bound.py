@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.models.shapes import paper_config
-from simdiff_utils import SimDiffError
 from simdiff_utils.speed.bound import (
     Rates,
     Work,

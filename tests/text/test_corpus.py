@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from simdiff_utils import assets
-from simdiff_utils import SimDiffError
+from simdiff_utils import SimDiffError, assets
 from simdiff_utils.text import blocks, wikipedia
 from simdiff_utils.text import corpus as text
 

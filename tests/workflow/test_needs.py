@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import open_decoder
 from simdiff_utils.engine.load import decoder_layers, load_model
 from simdiff_utils.models.checkpoints import checkpoint_folder
-from simdiff_utils import SimDiffError
 from workflow import needs as resources
 from workflow.needs import ModelSize, check_grid, estimate_needs, look_up
 from workflow.plan import encode_config, plan_runs, read_config

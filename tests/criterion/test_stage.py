@@ -1,32 +1,32 @@
-"""The stages of a search on a tiny model: what is chosen against evaluating every candidate here, one by
-one."""
+"""The choices of a search on a tiny model, against evaluating every candidate here, one by one."""
 
-import copy
 import functools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from simdiff_utils.stages import Run
 
 from simdiff_utils import SimDiffError
+from simdiff_utils.capture import stage as capture
+from simdiff_utils.criterion import laco, stage
+from simdiff_utils.criterion.candidates import Candidate
 from simdiff_utils.criterion.equations import choose_removed, fuse, normalise
-from simdiff_utils.criterion.propose import METHODS, alpha_path, count_passes
+from simdiff_utils.criterion.laco import Merges
+from simdiff_utils.criterion.propose import count_passes, propose, search_probes
 from simdiff_utils.criterion.search import search_ternary
 from simdiff_utils.engine.decoder import stream_decoder
-from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.perplexity import perplexity
 from simdiff_utils.engine.surgery import layers_removed
-from simdiff_utils.registry import CRITERIA as EVERY
-from simdiff_utils.run import is_sound
+from simdiff_utils.registry import CRITERIA
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
+from tests.helpers import merge_by_hand
 
 GRID = [1, 2, 4]
-CRITERIA = ["cosine", "masd", "relative", "portfolio"]
+NAMES = ["cosine", "masd", "relative", "portfolio"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def settings(tiny_model, tiny_text):
         seq_len=16,
         n_validation=12,
         n_test=6,
-        criteria=CRITERIA,
+        criteria=NAMES,
         n_remove_grid=GRID,
         n_remove=2,
         exact=True,
@@ -49,7 +49,7 @@ def settings(tiny_model, tiny_text):
 def make_run(settings, tmp_path, monkeypatch):
     """Function: settings that differ -> a run with a folder of the test's own."""
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "runs"))
-    return lambda **differing: Run(replace(settings, **differing))
+    return lambda **differing: Run(settings.replace(**differing))
 
 
 @torch.inference_mode()
@@ -65,12 +65,12 @@ def perplexity_by_hand(run, split, removed):
 
 def test_each_criterion_gets_the_best_of_its_candidates(make_run):
     run = make_run()
-    table = run.choices(GRID)
+    table = stage.choices(run, GRID)
     assert list(zip(table["n_remove"], table["criterion"], strict=True)) == [
-        (k, c) for k in GRID for c in CRITERIA
+        (k, c) for k in GRID for c in NAMES
     ]
     for row in table.itertuples():
-        candidates = METHODS[row.criterion].propose(run.evidence(), row.n_remove)
+        candidates = propose(row.criterion, stage.evidence(run), row.n_remove)
         measured = {c.removed: perplexity_by_hand(run, "validation", c.removed) for c in candidates}
         best = min(measured, key=measured.get)
         assert frozenset(row.removed) == best and row.n_candidates == len(measured)
@@ -84,21 +84,28 @@ def test_each_criterion_gets_the_best_of_its_candidates(make_run):
 
 
 def test_what_was_chosen_is_read_and_not_computed_again(make_run):
-    first = make_run().choices(GRID)
+    first = stage.choices(make_run(), GRID)
     run = make_run()
-    again = run.choices(GRID)
+    again = stage.choices(run, GRID)
     assert again.equals(first)
-    assert run.evaluator("validation").cost.layer_tokens == run.evaluator("validation").cost.head_tokens == 0
-    assert run.choices([2], ["tail"])["removed"].tolist() == [[4, 5]]
+    assert (
+        stage.evaluator(run, "validation").cost.layer_tokens
+        == stage.evaluator(run, "validation").cost.head_tokens
+        == 0
+    )
+    assert stage.choices(run, [2], ["tail"])["removed"].tolist() == [[4, 5]]
     for path in run.folder.glob("choices-*/*.json"):
         json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def test_racing_chooses_with_fewer_blocks_but_reports_on_all(make_run):
     exact, raced = make_run(), make_run(exact=False, confidence=0.5)
-    exact.choices([2]), raced.choices([2])
-    assert raced.evaluator("validation").cost.head_tokens <= exact.evaluator("validation").cost.head_tokens
-    row = raced.chosen()
+    stage.choices(exact, [2]), stage.choices(raced, [2])
+    assert (
+        stage.evaluator(raced, "validation").cost.head_tokens
+        <= stage.evaluator(exact, "validation").cost.head_tokens
+    )
+    row = stage.chosen(raced)
     by_hand = perplexity_by_hand(raced, "validation", row["removed"])
     assert row["validation_perplexity"] == pytest.approx(by_hand, rel=1e-4)
 
@@ -106,31 +113,35 @@ def test_racing_chooses_with_fewer_blocks_but_reports_on_all(make_run):
 def test_the_published_search_is_that_of_its_function(make_run):
     run = make_run(search="ternary", criteria=["masd"], eps=0.1)
     probes = search_ternary(
-        *normalise(run.statistics().table(), "masd"),
+        *normalise(capture.statistics(run).table(), "masd"),
         2,
         lambda removed: perplexity_by_hand(run, "validation", removed),
         eps=0.1,
     )
     best = probes.loc[probes["perplexity"].idxmin()]
-    row = run.choices([2]).iloc[0]
+    row = stage.choices(run, [2]).iloc[0]
     assert row["removed"] == best["removed"] and row["n_evaluations"] == len(probes)
     assert row["low"] == row["high"] == best["alpha"]
-    assert run.probes("masd", 2).drop(columns="perplexity").equals(probes.drop(columns="perplexity"))
+    assert (
+        search_probes("masd", stage.evidence(run), 2)
+        .drop(columns="perplexity")
+        .equals(probes.drop(columns="perplexity"))
+    )
 
 
 def test_a_given_alpha_is_taken_as_it_is(make_run):
     run = make_run(alpha=0.25)
-    row = run.choices([2], ["masd"]).iloc[0]
+    row = stage.choices(run, [2], ["masd"]).iloc[0]
     assert row["alpha"] == 0.25
     assert frozenset(row["removed"]) == choose_removed(
-        fuse(*normalise(run.statistics().table(), "masd"), 0.25), 2
+        fuse(*normalise(capture.statistics(run).table(), "masd"), 0.25), 2
     )
 
 
 def test_steps_hold_every_set_of_the_path_on_every_block(make_run):
     run = make_run()
-    steps = run.steps("relative", 2)
-    path = alpha_path(run.statistics(), "relative")
+    steps = stage.steps(run, "relative", 2)
+    path = stage.evidence(run).alpha_path("relative")
     assert steps["removed"].tolist() == path.loc[path["n_remove"] == 2, "removed"].tolist()
     for row in steps.itertuples():
         assert row.perplexity == pytest.approx(perplexity_by_hand(run, "validation", row.removed), rel=1e-4)
@@ -139,7 +150,7 @@ def test_steps_hold_every_set_of_the_path_on_every_block(make_run):
 
 def test_no_difference_inside_its_interval_is_called_a_win(make_run):
     run = make_run()
-    table = run.compare(GRID)
+    table = stage.compare(run, GRID)
     assert {"same set", "better", "worse", "no difference shown"} >= set(table["verdict"])
     shortgpt = table[table["criterion"] == "cosine"].set_index("n_remove")
     assert (shortgpt["verdict"] == "same set").all() and (shortgpt["to_cosine"] == 1).all()
@@ -163,12 +174,12 @@ def test_no_difference_inside_its_interval_is_called_a_win(make_run):
 def test_the_model_decides_how_many_layers_can_go(make_run):
     with pytest.raises(SimDiffError, match="n_remove must lie between 1 and 5"):
         make_run(n_remove=7)
-    assert perplexity(make_run().losses("test")) == pytest.approx(
+    assert perplexity(stage.losses(make_run(), "test")) == pytest.approx(
         perplexity_by_hand(make_run(), "test", []), rel=1e-4
     )
 
 
-# ---- the peers -----------------------------------------------------------------------------------
+# ---- the peers
 
 
 @pytest.fixture(scope="module")
@@ -182,20 +193,14 @@ def deep_model(tmp_path_factory, make_tiny, tokenizer):
 
 def merged_by_hand(run, row):
     """A run on a copy of the model, the merges of a row of choices in its weights."""
-    model = copy.deepcopy(run.model)
-    layers = decoder_layers(model)
-    with torch.no_grad():
-        for stays, folded in row.merges:
-            for name, theta in layers[stays].named_parameters():
-                theta.copy_(sum(layers[i].get_parameter(name) for i in folded) - (len(folded) - 1) * theta)
-    return SimpleNamespace(model=model, blocks=run.blocks)
+    return SimpleNamespace(model=merge_by_hand(run.model, row.merges), blocks=run.blocks)
 
 
 def test_every_peers_choice_is_its_best_set_and_lacos_is_measured_merged(make_run, deep_model):
     run = make_run(model=deep_model, n_samples=6, exact=False)
-    assert set(run.choices([2], ["laco"])["criterion"]) == {"laco"}  # alone, too
-    table = run.choices([2], list(EVERY)).set_index("criterion")
-    assert tuple(table.index) == EVERY == tuple(METHODS)
+    assert set(stage.choices(run, [2], ["laco"])["criterion"]) == {"laco"}  # alone, too
+    table = stage.choices(run, [2], list(CRITERIA)).set_index("criterion")
+    assert tuple(table.index) == tuple(CRITERIA)
     expected_passes = {
         "cosine": 1,
         "angular": 1,
@@ -210,14 +215,12 @@ def test_every_peers_choice_is_its_best_set_and_lacos_is_measured_merged(make_ru
     }
     by_hand = functools.cache(functools.partial(perplexity_by_hand, run, "validation"))
     for row in table.itertuples():
-        candidates = METHODS[row.Index].propose(run.evidence(), 2)
-        assert row.n_passes == expected_passes.get(
-            row.Index, count_passes(METHODS[row.Index], candidates, 9, 2)
-        )
+        candidates = propose(row.Index, stage.evidence(run), 2)
+        assert row.n_passes == expected_passes.get(row.Index, count_passes(row.Index, candidates, 9, 2))
         assert row.n_candidates == len({candidate.removed for candidate in candidates})
         if row.Index == "laco":
             assert row.n_passes == candidates[0].n_models > 1
-            assert row.merges == [[stays, list(folded)] for stays, folded in candidates[0].merges] != []
+            assert row.merges == [[stays, list(folded)] for stays, folded in candidates[0].edit.merges] != []
             assert sorted(i for _, folded in row.merges for i in folded) == row.removed
             measured = {
                 frozenset(row.removed): perplexity_by_hand(
@@ -232,13 +235,13 @@ def test_every_peers_choice_is_its_best_set_and_lacos_is_measured_merged(make_ru
         assert frozenset(row.removed) == best
         assert row.validation_perplexity == pytest.approx(measured[best], rel=1e-4)
     again = make_run(model=deep_model, n_samples=6, exact=False)
-    assert again.choices([2], list(EVERY)).set_index("criterion").equals(table)
-    assert "_evaluators" not in vars(again), "read, not computed"
+    assert stage.choices(again, [2], list(CRITERIA)).set_index("criterion").equals(table)
+    assert not [name for name in again.shared if name[0] in ("losses", "decoder")], "read, not computed"
 
 
 def test_the_comparison_on_the_test_split_measures_lacos_model_merged(make_run):
     run = make_run(criteria=["cosine", "laco", "window"])
-    table = run.compare([1, 2])
+    table = stage.compare(run, [1, 2])
     for row in table.itertuples():
         by_hand = perplexity_by_hand(merged_by_hand(run, row), "test", row.removed)
         assert row.test_perplexity == pytest.approx(by_hand, rel=1e-4)
@@ -252,121 +255,60 @@ def test_the_comparison_on_the_test_split_measures_lacos_model_merged(make_run):
 
 def test_a_set_that_cosine_chooses_too_is_another_model_once_merged(make_run, monkeypatch):
     run = make_run(criteria=["cosine", "laco"])
-    (candidate,) = METHODS["cosine"].propose(run.evidence(), 1)
+    (candidate,) = propose("cosine", stage.evidence(run), 1)
     (layer_idx,) = candidate.removed
-    merged = replace(candidate, proposed_by="laco", merges=(((layer_idx + 1) % 6, (layer_idx,)),), n_models=2)
-    monkeypatch.setitem(METHODS, "laco", replace(METHODS["laco"], propose=lambda *_: [merged]))
-    table = run.compare([1]).set_index("criterion")
+    edit = Merges((((layer_idx + 1) % 6, (layer_idx,)),))
+    merged = replace(candidate, proposed_by="laco", edit=edit, n_models=2)
+    monkeypatch.setattr(laco, "laco_sets", lambda *_: [merged])
+    table = stage.compare(run, [1]).set_index("criterion")
     assert table.loc["laco", "removed"] == table.loc["cosine", "removed"]
     assert table.loc["cosine", "verdict"] == "same set" != table.loc["laco", "verdict"]
     assert table.loc["laco", "test_perplexity"] != table.loc["cosine", "test_perplexity"]
 
 
-def test_laco_is_not_exported(make_run):
-    run = make_run(criterion="laco")
-    for stage in (run.removed, run.pruned_checkpoint):
-        with pytest.raises(SimDiffError) as error:
-            stage()
-        assert str(error.value) == (
-            "laco changes the weights of layers that stay, and only unchanged ones are "
-            "exported; notebook 06 measures it: choose another criterion."
-        )
-    assert not list(run.folder.glob("prune-*"))
-
-
-@pytest.mark.parametrize("criterion", ["sleb", "random"])
-def test_a_peers_set_is_exported_without_scores_of_layers(make_run, criterion):
-    run = make_run(criterion=criterion)
-    row = run.choices([2], [criterion]).iloc[0]
-    facts = json.loads((run.pruned_checkpoint() / "pruning.json").read_text())
-    assert facts["removed"] == row["removed"] and facts["criterion"] == criterion
-    assert facts["scores"] == [] and facts["alpha"] is None
-
-
 def test_random_follows_the_settings_seed(make_run):
-    drawn = {seed: make_run(seed=seed).choices([3], ["random"]).iloc[0]["removed"] for seed in range(4)}
+    drawn = {
+        seed: stage.choices(make_run(seed=seed), [3], ["random"]).iloc[0]["removed"] for seed in range(4)
+    }
     for seed, removed in drawn.items():
         assert removed == sorted(np.random.default_rng(seed).permutation(6)[:3].tolist())
     assert len(set(map(tuple, drawn.values()))) > 1
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "sleb"])
-def test_more_layers_than_a_peer_may_touch_are_refused_in_the_run_too(make_run, method):
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "sleb"])
+def test_more_layers_than_a_peer_may_touch_are_refused_in_the_run_too(make_run, criterion):
     with pytest.raises(SimDiffError, match="protect") as error:
-        make_run().choices([5], [method])
+        stage.choices(make_run(), [5], [criterion])
     assert "\n" not in str(error.value)
 
 
 def test_streamed_from_disk_every_choice_is_the_same_or_one_sentence(
     make_run, deep_model, tmp_path, monkeypatch
 ):
-    expected = make_run(model=deep_model).choices(
-        [2], [name for name in EVERY if name not in ("taylor", "laco")]
+    expected = stage.choices(
+        make_run(model=deep_model), [2], [name for name in CRITERIA if name not in ("taylor", "laco")]
     )
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "streamed"))
     run = make_run(model=deep_model)
-    run.decoder = stream_decoder(run.checkpoint.folder, "float32")
-    assert run.choices([2], list(expected["criterion"])).equals(expected)
-    assert run.evaluator("validation").cost.layer_tokens > 0
-    for method in ("taylor", "laco"):
+    run.once(("decoder", "float32"), lambda: stream_decoder(run.checkpoint.folder, "float32"))
+    assert stage.choices(run, [2], list(expected["criterion"])).equals(expected)
+    assert stage.evaluator(run, "validation").cost.layer_tokens > 0
+    for criterion in ("taylor", "laco"):
         with pytest.raises(
-            SimDiffError, match=rf"^{method} .* needs the model in memory: raise memory_gib\.$"
+            SimDiffError, match=rf"^{criterion} .* needs the model in memory: raise memory_gib\.$"
         ):
-            run.choices([2], [method])
+            stage.choices(run, [2], [criterion])
 
 
-# ---- damaged files -------------------------------------------------------------------------------
-
-
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def alter(path):
-    """One digit of a number, so that the file still reads well."""
-    content = bytearray(path.read_bytes())
-    at = max(i for i, byte in enumerate(content) if chr(byte) in "0123456789")
-    content[at] = ord("1") if content[at] != ord("1") else ord("2")
-    path.write_bytes(bytes(content))
-
-
-def lose(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("damage", [cut_off, alter, lose])
-def test_a_damaged_file_is_made_again_with_the_same_content(make_run, damage, capsys):
+def test_of_several_edited_models_the_best_is_taken(make_run, monkeypatch):
     run = make_run()
-    folder = run.pruned_checkpoint().parent
-    before = run.compare(GRID), run.statistics().table(), (folder / "model" / "pruning.json").read_text()
-    kept = [
-        *run.folder.glob("capture-*/statistics.safetensors"),
-        *run.folder.glob("losses-validation-*/without-*.json"),
-        *run.folder.glob("losses-test-*/dense.json"),
-        *run.folder.glob("choices-*/*.json"),
-        *folder.glob("model/model*.safetensors"),
-        folder / "result.json",
-    ]
-    assert len(kept) > 8
-    contents = {path: path.read_bytes() for path in kept}
-    for path in kept:
-        damage(path)
-    again = make_run()
-    assert again.pruned_checkpoint().parent == folder
-    pd.testing.assert_frame_equal(again.compare(GRID), before[0])
-    pd.testing.assert_frame_equal(again.statistics().table(), before[1])
-    assert "is damaged" in capsys.readouterr().err
-    losses = {
-        path: path.read_bytes() == content for path, content in contents.items() if path.name != "result.json"
-    }
-    assert sum(losses.values()) >= len(losses) - 1, losses  # a set that only a race asked for may stay away
-    assert is_sound(folder) and json.loads((folder / "result.json").read_text())["stage"] == "prune"
-
-
-def test_a_sound_stage_is_not_made_again(make_run):
-    run = make_run()
-    run.statistics()
-    (folder,) = run.folder.glob("capture-*")
-    written = (folder / "result.json").stat().st_mtime_ns
-    make_run().statistics()
-    assert (folder / "result.json").stat().st_mtime_ns == written
+    edits = [Merges(((stays, (stays + 1,)),)) for stays in range(5)]
+    candidates = [Candidate(edit.removed, "laco", edit=edit) for edit in edits]
+    monkeypatch.setattr(laco, "laco_sets", lambda *_: candidates)
+    row = stage.choices(run, [1], ["laco"]).iloc[0]
+    by_hand = {}
+    for edit in edits:
+        by_hand[edit] = perplexity_by_hand(merged_by_hand(run, edit), "validation", edit.removed)
+    best = min(by_hand, key=by_hand.get)
+    assert Merges.read(row["merges"]) == best != edits[0]
+    assert row["validation_perplexity"] == pytest.approx(by_hand[best], rel=1e-4)
