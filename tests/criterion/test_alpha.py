@@ -109,6 +109,32 @@ def test_every_choice_is_listed_for_any_floats(table):
     assert_path_is_right(*table)
 
 
+def structured_table(seed):
+    """More layers than the tables above, on lines made to meet: (i_sim, i_diff)."""
+    rng = np.random.default_rng(seed)
+    n_layers = int(rng.integers(8, 12))
+    start, slope, kind = rng.integers(0, 9, n_layers) / 8, rng.integers(-4, 5, n_layers) / 4, seed % 6
+    if kind == 0:  # all lines, or all but a few, through one point
+        height = rng.integers(1, 8) / 8 + rng.choice([0, 0, 0, 1 / 8], n_layers)
+        start = height - slope * rng.integers(0, 9) / 8
+    elif kind == 1:  # I_diff saturated: all meet at 1
+        slope = 1 - start
+    elif kind == 2:  # I_sim all the same: all meet at 0
+        start[:] = 0.5
+    elif kind == 3:  # few different lines, each several times
+        which = rng.integers(0, 4, n_layers)
+        start, slope = start[which], slope[which]
+    elif kind == 4:  # every score within a few rounding steps of 1/2
+        start, slope = 0.5 + (start - 0.5) * 2.0**-51, slope * 2.0**-51
+    return start, start + slope
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_every_choice_is_listed_for_more_layers_made_to_meet(kind):
+    for seed in range(kind, 90, 6):
+        assert_path_is_right(*structured_table(seed))
+
+
 def test_the_generated_tables_hold_what_they_are_for():
     """Degenerate rows inside (0, 1) and at both ends, ties on whole intervals, and many sets: else little is
     tested."""
