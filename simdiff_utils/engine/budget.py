@@ -1,6 +1,5 @@
 """A memory budget: whether a model fits in memory, is streamed from disk, or cannot be run at all."""
 
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
@@ -9,28 +8,18 @@ import torch
 from transformers import AutoConfig
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.engine.weights import StoredWeights, skeleton
+from simdiff_utils.engine.stored import StoredWeights
+from simdiff_utils.engine.weights import skeleton
 
 _GIB = 2**30
+_LIMITS = (  # of a container or a batch system, which may allow less than the machine has
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How a checkpoint is run under a budget.
-
-    Attributes:
-        streamed: layer by layer from disk; else the whole model is in memory.
-        states_room: bytes that hidden states may take while streaming; what is more is kept on disk.
-        needed: bytes estimated for the way chosen, this process included (on a GPU: of the GPU's memory).
-    """
-
-    streamed: bool
-    states_room: float
-    needed: int
-
-
-def plan_memory(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: int) -> MemoryPlan:
-    """Decide from the sizes alone; no weight is read.
+def plan_states_room(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: int) -> float | None:
+    """Decide from the sizes alone how a checkpoint is run; no weight is read.
 
     Args:
         folder: checkpoint in safetensors.
@@ -38,6 +27,10 @@ def plan_memory(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: i
         memory_gib: the budget; 0: what is free now (on a GPU: its free memory, that of all where there are
             several).
         n_tokens: tokens of one forward pass.
+
+    Returns:
+        None where the whole model fits; else it is streamed, and this many bytes of hidden states may be in
+        memory meanwhile.
 
     Raises:
         SimDiffError: the budget is too small even for streaming; the sentence says what would do.
@@ -52,36 +45,26 @@ def plan_memory(folder: Path, dtype: torch.dtype, memory_gib: float, n_tokens: i
     def n_bytes(names: list[str]) -> int:
         read = sum(stored.tensors[name].n_bytes for name in names)
         cast = sum(stored.tensors[name].n_parameters for name in names) * dtype.itemsize
-        return (
-            cast if read == cast else read + cast
-        )  # in another dtype, a copy is made while the file is open
+        return cast if read == cast else read + cast  # another dtype: a copy is made while the file is open
 
-    whole = used + n_bytes(list(stored.tensors)) + work
-    if whole <= budget:
-        return MemoryPlan(False, float("inf"), whole)
-    layer = max(map(n_bytes, stored.layers))
-    streamed = (
-        used + n_bytes(stored.rest) + 2 * layer + work
-    )  # twice: experts are merged into one tensor in a copy
+    if used + n_bytes(list(stored.tensors)) + work <= budget:
+        return None
+    layer = 2 * max(map(n_bytes, stored.layers))  # twice: experts are merged into one tensor in a copy
+    streamed = used + n_bytes(stored.rest) + layer + work
     if streamed > budget:
         raise SimDiffError(
             f"{budget / _GIB:.1f} GiB of memory are too little for {folder.name}: streamed layer by "
             f"layer it needs {ceil(streamed / _GIB * 10) / 10} GiB (memory_gib), "
             "less with a smaller batch_size or seq_len."
         )
-    room = psutil.virtual_memory().available / 2 if on_gpu else budget - streamed
-    return MemoryPlan(True, room, streamed)
+    return psutil.virtual_memory().available / 2 if on_gpu else budget - streamed
 
 
 def _free_memory(on_gpu: bool) -> int:
     if on_gpu:
         return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")  # a container or a batch system may allow less than the machine has
-    for limit, current in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    for limit, current in _LIMITS:
         try:
             free = min(free, int((group / limit).read_text()) - int((group / current).read_text()))
         except (OSError, ValueError):  # no such group, or "max": no limit
@@ -95,7 +78,6 @@ def _workspace(config: object, n_tokens: int) -> int:
     width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner
     activations = n_tokens * (8 * width + 3 * inner)
-    logits = 2 * 256 * config.vocab_size
-    return (
-        4 * (activations + logits) + _GIB // 8
-    )  # float32 at most; the rest for what libraries keep to themselves
+    logits = 2 * 256 * config.vocab_size  # of two chunks, see `logits_in_chunks`
+    libraries = _GIB // 8  # what they keep to themselves
+    return 4 * (activations + logits) + libraries  # float32 at most

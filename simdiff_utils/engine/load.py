@@ -1,4 +1,4 @@
-"""Models: a checkpoint folder becomes a model and its tokenizer; where a model keeps its decoder layers."""
+"""Loading: a checkpoint folder becomes a model and its tokenizer; where a model keeps its decoder layers."""
 
 import os
 from collections.abc import Iterator
@@ -36,13 +36,10 @@ def pick_dtype(dtype: str) -> torch.dtype:
 def load_model(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     """Load a checkpoint for inference, weights in `dtype`, eval mode: on `pick_device()`, or spread by
     accelerate over the GPUs of the machine where it has several."""
-    several = (
-        {"device_map": "auto"} if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ else {}
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=pick_dtype(dtype), use_safetensors=True, **several
-    )
-    return (model if several else model.to(pick_device())).eval()
+    options = {"dtype": pick_dtype(dtype), "use_safetensors": True}
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        return AutoModelForCausalLM.from_pretrained(folder, device_map="auto", **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **options).to(pick_device()).eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -62,12 +59,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         SimDiffError: there is no such list, or more than one.
     """
     n_layers = text_config(model).num_hidden_layers
-    found = [
-        m for m in decoder_stack(model).children() if isinstance(m, nn.ModuleList) and len(m) == n_layers
-    ]
-    found = found or [
-        m for m in decoder_stack(model).modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers
-    ]
+    for modules in (decoder_stack(model).children(), decoder_stack(model).modules()):  # near ones first
+        found = [m for m in modules if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+        if found:
+            break
     if len(found) != 1:
         raise SimDiffError(
             f"{type(model).__name__} has {len(found)} lists of {n_layers} modules where its decoder "

@@ -1,7 +1,5 @@
 """Perplexity of a model without each of many sets of layers, on equal token blocks, and how sure it is."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from scipy import stats
@@ -10,12 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder, Observer
+from simdiff_utils.engine.logits import logits_in_chunks, rows_in_cache
 from simdiff_utils.engine.surgery import check_removed
-
-CHUNK = 256  # positions whose logits are held at once: never those of a batch times a large vocabulary
-_ROWS = (
-    8  # of them, those whose loss is taken at once by a processor: their logits in float32 stay in its cache
-)
 
 
 @torch.inference_mode()
@@ -62,22 +56,11 @@ def _mean_losses(decoder: Decoder, states: Tensor, batch: Tensor) -> list[float]
     """Mean loss of each block of a batch; states [batch, seq, d] as the last layer leaves them."""
     n_predicted = batch.shape[1] - 1
     total = torch.zeros(len(batch), dtype=torch.float64)
-    for start in range(0, n_predicted, CHUNK):
-        stop = min(start + CHUNK, n_predicted)
-        for block, (hidden, tokens) in enumerate(zip(states, batch, strict=True)):
-            logits = decoder.logits(hidden[None, start:stop])[0]
-            for rows, wanted in rows_in_cache(logits, tokens[start + 1 : stop + 1].to(logits.device)):
-                total[block] += cross_entropy(rows.float(), wanted, reduction="sum").double().cpu()
+    for block, (hidden, tokens) in enumerate(zip(states, batch, strict=True)):
+        for logits, wanted in logits_in_chunks(decoder, hidden[:-1], tokens[1:]):
+            for rows, these in rows_in_cache(logits, wanted.to(logits.device)):
+                total[block] += cross_entropy(rows.float(), these, reduction="sum").double().cpu()
     return (total / n_predicted).tolist()
-
-
-def rows_in_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Logits [n_positions, vocabulary] and what belongs to the same positions, a few rows at a time.
-
-    On a processor as many as its cache holds in float32, elsewhere a whole chunk: there every launch costs.
-    """
-    n_rows = _ROWS if logits.device.type == "cpu" else CHUNK
-    return zip(*(tensor.split(n_rows) for tensor in (logits, *others)), strict=True)
 
 
 def perplexity(losses: np.ndarray) -> float:
@@ -105,14 +88,11 @@ def perplexity_interval(
         return (1.0 if baseline is None else 0.0), float("inf")
     if np.ptp(values) == 0:
         return (perplexity(values),) * 2
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=2000,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    rng = np.random.default_rng(seed)
+    redrawn = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, confidence_level=confidence, method="percentile", rng=rng
+    )
+    found = redrawn.confidence_interval
     return float(np.exp(found.low)), float(np.exp(found.high))
 
 

@@ -71,27 +71,27 @@ def layers_merged(model: PreTrainedModel, merges: tuple[Merge, ...]) -> Iterator
     layers = decoder_layers(model)
     with ExitStack() as restore, torch.no_grad():
         for stays, folded in merges:
-            names, mine = zip(*layers[stays].named_parameters(), strict=True)
+            mine = dict(layers[stays].named_parameters())
             others = [dict(layers[layer_idx].named_parameters()) for layer_idx in folded]
-            if any(parameter.is_meta for parameter in mine):
+            if any(parameter.is_meta for parameter in mine.values()):
                 raise SimDiffError(
                     "merging layers changes weights and needs the model in memory: raise memory_gib."
                 )
-            if any(
-                other.keys() != set(names) or other[name].shape != parameter.shape
-                for other in others
-                for name, parameter in zip(names, mine, strict=True)
-            ):
+            if any(_shapes(other) != _shapes(mine) for other in others):
                 raise SimDiffError(
                     f"layers {sorted({stays, *folded})} of {type(model).__name__} are not built alike "
                     "and cannot be merged; use a method that only removes layers."
                 )
-            for name, parameter in zip(names, mine, strict=True):
+            for name, parameter in mine.items():
                 before = parameter.detach().clone()
                 restore.callback(parameter.data.copy_, before)
                 theta = before.float()
                 parameter.copy_(theta + sum(other[name].to(theta) - theta for other in others))
         yield
+
+
+def _shapes(parameters: dict[str, nn.Parameter | None]) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in parameters.items() if p is not None}
 
 
 def check_removed(removed: frozenset[int], n_layers: int) -> None:
@@ -130,12 +130,7 @@ def plan_cut(model: PreTrainedModel, removed: frozenset[int]) -> tuple[Pretraine
         planned = decoder_layers(plan)
     except Exception as error:  # whatever a family's config checks
         raise SimDiffError(f"{refusal}: its config cannot state the others ({one_line(error)}).") from error
-    mine, theirs = ({id(p) for layer in each for p in layer.parameters()} for each in (layers, planned))
-    outside = (
-        {name: p.shape for name, p in m.named_parameters() if id(p) not in inner}
-        for m, inner in ((model, mine), (plan, theirs))
-    )
-    if next(outside) != next(outside):
+    if _shapes(_outside(model, layers)) != _shapes(_outside(plan, planned)):
         raise SimDiffError(f"{refusal}: weights outside the layers depend on their number.")
     renumbering = []
     for new_idx, old_idx in enumerate(kept):
@@ -145,6 +140,12 @@ def plan_cut(model: PreTrainedModel, removed: frozenset[int]) -> tuple[Pretraine
                 f"{refusal}: layer {old_idx} would be another one as layer {new_idx} ({difference})."
             )
     return config, renumbering
+
+
+def _outside(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, nn.Parameter]:
+    """The parameters outside the decoder layers."""
+    inside = {id(p) for p in layers.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
 def _compare(
@@ -157,28 +158,29 @@ def _compare(
         return f"has {', '.join(sorted(modules.keys() ^ plans.keys()))}"
     for path, module in modules.items():
         plan = plans[path]
-        shapes, planned_shapes = (
-            {name: p.shape for name, p in m._parameters.items() if p is not None} for m in (module, plan)
-        )
-        if shapes != planned_shapes:
+        if _shapes(module._parameters) != _shapes(plan._parameters):
             return f"the weights of {path}"
         for name in module._non_persistent_buffers_set:  # computed when the model is built, in no file
             mine, other = module._buffers[name], plan._buffers.get(name)
             if mine is not None and not torch.allclose(mine.cpu().float(), other.float(), rtol=1e-2):
                 return f"{path}.{name}"
-        for name, value in vars(module).items():
-            if (
-                name.startswith("_")
-                or name == "training"
-                or not isinstance(value, (int, float, str, type(None)))
-            ):
-                continue
+        for name, value in _plain_attributes(module).items():
             new = vars(plan).get(name)
             if type(value) is int and (value, new) == (old_idx, new_idx):
                 renumbering.append((module, name, new_idx))
             elif value != new:
                 return f"{path}.{name} = {value} and {new}".lstrip(".")
     return ""
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, int | float | str | None]:
+    """What a module was told about itself when it was built."""
+    plain = (int, float, str, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name != "training" and not name.startswith("_")
+    }
 
 
 def _layered_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
@@ -190,16 +192,16 @@ def _layered_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 
 def _cut(config: PretrainedConfig, kept: list[int]) -> None:
-    """Set the number of layers; cut the lists with an entry per layer, the lists of layer indices, and the
-    count of dense layers before the experts begin. `plan_cut` checks what comes of it."""
+    """Set the number of layers, and all that a config says layer by layer; `plan_cut` checks what comes of
+    it."""
     n_layers = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and value and "token" not in name:
             indices = set(value) if all(type(item) is int for item in value) else {-1}
-            if len(value) == n_layers and indices != set(range(n_layers)):
+            if len(value) == n_layers and indices != set(range(n_layers)):  # an entry for each layer
                 setattr(config, name, type(value)(value[i] for i in kept))
-            elif ("layer" in name or "idx" in name) and indices <= set(range(n_layers)):
+            elif ("layer" in name or "idx" in name) and indices <= set(range(n_layers)):  # a list of indices
                 setattr(config, name, type(value)(new for new, old in enumerate(kept) if old in value))
         elif type(value) is int and "dense" in name and ("first" in name or "layers" in name):
-            setattr(config, name, sum(old < value for old in kept))
+            setattr(config, name, sum(old < value for old in kept))  # dense layers before the experts begin
     config.num_hidden_layers = len(kept)

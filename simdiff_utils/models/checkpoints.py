@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,42 +55,35 @@ def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoin
         SimDiffError: it cannot be found or reached, is no decoder-only model, has no safetensors, or needs
             code of its own and is not trusted.
     """
-    folder = checkpoint_folder(
-        model, CHECKPOINT_FILES + CODE_FILES if trust_remote_code else CHECKPOINT_FILES
-    )
+    files = CHECKPOINT_FILES + CODE_FILES if trust_remote_code else CHECKPOINT_FILES
+    folder, label, hub_id = _locate(model, files)
     _refuse_unsuitable(folder, model, trust_remote_code)
-    kind, name = read_model_name(model)
-    match kind:
-        case "embedded":
-            label = assets.ASSETS[name].label
-        case "shape":
-            label = f"{name} shape (random weights)"
-        case "hub":
-            label = name
-        case _:
-            label = Path(name).resolve().name
-    return Checkpoint(folder, label, hash_checkpoint(folder), name if kind == "hub" else None)
+    return Checkpoint(folder, label, hash_checkpoint(folder), hub_id)
 
 
-def checkpoint_folder(model: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache.
+def checkpoint_folder(model: str) -> Path:
+    """Folder of the checkpoint named; what has to be converted or made is, once, into the user's cache."""
+    return _locate(model, CHECKPOINT_FILES)[0]
 
-    Args:
-        files: patterns of what is fetched from the hub.
-    """
+
+def _locate(model: str, files: list[str]) -> tuple[Path, str, str | None]:
+    """Folder, label and hub id of the checkpoint named; from the hub come files of these patterns."""
     match read_model_name(model):
         case "shape", name:
-            return shapes.shape_folder(name)
+            return shapes.shape_folder(name), f"{name} shape (random weights)", None
         case "embedded", name:
             target = assets.locate_model(name)[0]
-            return target if target.exists() else _convert_gguf(assets.fetch(name), target)
+            folder = target if target.exists() else _convert_gguf(assets.fetch(name), target)
+            return folder, assets.ASSETS[name].label, None
         case "folder", name:
-            return Path(name)
+            return Path(name), Path(name).resolve().name, None
         case "gguf", name:
             target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([Path(name)])[:16]}"
-            return target if target.exists() else _convert_gguf(Path(name), target)
+            folder = target if target.exists() else _convert_gguf(Path(name), target)
+            return folder, Path(name).resolve().name, None
     with hub_sentences(model):
-        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=SECOND_COPIES))
+        folder = snapshot_download(model, allow_patterns=files, ignore_patterns=SECOND_COPIES)
+    return Path(folder), model, model
 
 
 def _convert_gguf(gguf: Path, target: Path) -> Path:
@@ -103,8 +95,7 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
         raise SimDiffError(
             f"{gguf.name} cannot be read as a GGUF model by transformers: {one_line(error)}"
         ) from error
-    # Loaded from GGUF, the model is marked as quantised and refuses to be saved, though its weights are
-    # float32.
+    # Loaded from GGUF it is marked as quantised and refuses to be saved, though its weights are float32.
     model.hf_quantizer = None
     del model.config.quantization_config
     with write_whole(target, replace=False) as partial:
@@ -120,8 +111,8 @@ def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> Non
         own_code = needs_own_code(folder)
         if own_code and not trust_remote_code:
             raise SimDiffError(
-                f"{model} needs code that comes with it: read that code, then set trust_remote_code = True, or "
-                "name a model of a family that transformers knows."
+                f"{model} needs code that comes with it: read that code, then set trust_remote_code = True, "
+                "or name a model of a family that transformers knows."
             )
         if own_code:
             trust_code(folder)
@@ -151,16 +142,8 @@ def hash_checkpoint(folder: Path) -> str:
 
 def _hash_files(paths: list[Path]) -> str:
     with ThreadPoolExecutor() as pool:
-        digests = list(
-            tqdm(
-                pool.map(hash_once, paths),
-                total=len(paths),
-                desc="hashing weights",
-                unit="file",
-                delay=2,
-                leave=False,
-            )
-        )
+        bar = dict(total=len(paths), desc="hashing weights", unit="file", delay=2, leave=False)
+        digests = list(tqdm(pool.map(hash_once, paths), **bar))
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

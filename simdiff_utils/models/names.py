@@ -67,9 +67,7 @@ def hub_sentences(hub_id: str) -> Iterator[None]:
                 f"the disk is too full for {hub_id}: make room where the hub's cache is (HF_HOME moves it)."
             ) from error
         raise _unreachable(hub_id) from error
-    except (
-        Exception
-    ) as error:  # a dozen kinds, of the hub's client and of what is below it; all end the same way
+    except Exception as error:  # a dozen kinds, of the hub's client and of what is below it
         raise _unreachable(hub_id) from error
 
 

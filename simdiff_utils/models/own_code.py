@@ -21,8 +21,9 @@ _TRUSTED = "SIMDIFF_TRUSTED_CODE"  # the folder whose code the fresh processes t
 def needs_own_code(folder: Path) -> bool:
     """Whether a checkpoint is of no family that transformers knows and names classes of its own instead."""
     config = read_json(folder / "config.json")
-    known = CONFIG_MAPPING[config["model_type"]] if config.get("model_type") in CONFIG_MAPPING else None
-    return "auto_map" in config and (known is None or not known.__module__.startswith("transformers."))
+    model_type = config.get("model_type")
+    known = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type].__module__.startswith("transformers.")
+    return "auto_map" in config and not known
 
 
 def trust_code(folder: Path) -> None:
@@ -35,7 +36,8 @@ def trust_code(folder: Path) -> None:
     auto_map = read_json(folder / "config.json")["auto_map"]
     if elsewhere := [reference for reference in auto_map.values() if "--" in str(reference)]:
         raise SimDiffError(
-            f"{folder.name} names {elsewhere[0]}, which is code of another repository: copy it into the folder."
+            f"{folder.name} names {elsewhere[0]}, which is code of another repository: copy it into the "
+            "folder."
         )
     if "AutoModelForCausalLM" not in auto_map:
         raise SimDiffError(
@@ -49,9 +51,8 @@ def trust_code(folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     AutoModelForCausalLM.register(type(config), type(model), exist_ok=True)
     if type(config) not in TOKENIZER_MAPPING:
-        AutoTokenizer.register(
-            type(config), type(AutoTokenizer.from_pretrained(folder, **here)), exist_ok=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+        AutoTokenizer.register(type(config), type(tokenizer), exist_ok=True)
     os.environ[_TRUSTED] = str(folder.resolve())
 
 

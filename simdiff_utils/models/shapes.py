@@ -25,68 +25,30 @@ from simdiff_utils.engine.load import decoder_layers, pick_device
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, write_json, write_whole
 
-# The paper's models: hub id -> model_type and the sizes its config states.
+
+def _sizes(n_layers: int, width: int, inner: int, n_heads: int, n_kv_heads: int, **more: object) -> dict:
+    return more | dict(
+        num_hidden_layers=n_layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads,
+    )
+
+
 _QWEN = dict(model_type="qwen2", vocab_size=151936, tie_word_embeddings=True)
 _LLAMA2 = dict(model_type="llama", vocab_size=32000, max_position_embeddings=4096)
+_LLAMA3 = dict(model_type="llama", vocab_size=128256)
+_MISTRAL = dict(model_type="mistral", vocab_size=32768)
+# The paper's models: hub id -> what its config states (layers, widths, heads, key-value heads).
 PAPER_MODELS = {
-    "Qwen/Qwen2.5-0.5B": _QWEN
-    | dict(
-        num_hidden_layers=24,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-    ),
-    "Qwen/Qwen2.5-1.5B": _QWEN
-    | dict(
-        num_hidden_layers=28,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    ),
-    "Qwen/Qwen2.5-3B": _QWEN
-    | dict(
-        num_hidden_layers=36,
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-    ),
-    "meta-llama/Llama-2-7b-hf": _LLAMA2
-    | dict(
-        num_hidden_layers=32,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-    ),
-    "mistralai/Mistral-7B-v0.3": dict(
-        model_type="mistral",
-        vocab_size=32768,
-        num_hidden_layers=32,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "meta-llama/Llama-3.1-8B": dict(
-        model_type="llama",
-        vocab_size=128256,
-        num_hidden_layers=32,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "meta-llama/Llama-2-13b-hf": _LLAMA2
-    | dict(
-        num_hidden_layers=40,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-    ),
+    "Qwen/Qwen2.5-0.5B": _sizes(24, 896, 4864, 14, 2, **_QWEN),
+    "Qwen/Qwen2.5-1.5B": _sizes(28, 1536, 8960, 12, 2, **_QWEN),
+    "Qwen/Qwen2.5-3B": _sizes(36, 2048, 11008, 16, 2, **_QWEN),
+    "meta-llama/Llama-2-7b-hf": _sizes(32, 4096, 11008, 32, 32, **_LLAMA2),
+    "mistralai/Mistral-7B-v0.3": _sizes(32, 4096, 14336, 32, 8, **_MISTRAL),
+    "meta-llama/Llama-3.1-8B": _sizes(32, 4096, 14336, 32, 8, **_LLAMA3),
+    "meta-llama/Llama-2-13b-hf": _sizes(40, 5120, 13824, 40, 40, **_LLAMA2),
 }
 SHAPES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
@@ -126,12 +88,10 @@ def _parse_shape(shape: str) -> tuple[str, int]:
             f"there is no shape {shape!r}; the shapes are {', '.join(SHAPES)}, "
             "each also with fewer layers, as in shape:llama2-13b:8."
         )
-    sizes = PAPER_MODELS[SHAPES[found[1]]]
-    n_layers = int(found[2] or sizes["num_hidden_layers"])
-    if not 1 <= n_layers <= sizes["num_hidden_layers"]:
-        raise SimDiffError(
-            f"the shape {found[1]} has 1 to {sizes['num_hidden_layers']} layers, got {n_layers}."
-        )
+    most = PAPER_MODELS[SHAPES[found[1]]]["num_hidden_layers"]
+    n_layers = int(found[2] or most)
+    if not 1 <= n_layers <= most:
+        raise SimDiffError(f"the shape {found[1]} has 1 to {most} layers, got {n_layers}.")
     return found[1], n_layers
 
 
@@ -168,24 +128,17 @@ def _write_random(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     _byte_tokenizer().save_pretrained(folder)
     layers = {id(layer) for layer in decoder_layers(model)}
-    shards = [(name, module) for name, module in model.named_modules() if id(module) in layers]
-    inside = tuple(f"{name}." for name, _ in shards)
-    rest = {
-        name: p for name, p in model.named_parameters() if not name.startswith(inside)
-    }  # a tied one comes once
-    parts = [
-        rest,
-        *({f"{prefix}.{name}": p for name, p in layer.named_parameters()} for prefix, layer in shards),
-    ]
+    prefixes = [f"{name}." for name, module in model.named_modules() if id(module) in layers]
+    parts = {prefix: {} for prefix in ("", *prefixes)}
+    for name, p in model.named_parameters():  # a tied one comes once
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        parts[prefix][name] = p
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
-    for number, parameters in enumerate(tqdm(parts, desc="random weights", unit="shard"), start=1):
+    for number, parameters in enumerate(tqdm(parts.values(), "random weights", unit="shard"), start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file(
-            {name: _random(name, p, generator) for name, p in parameters.items()},
-            folder / file,
-            metadata={"format": "pt"},
-        )
+        made = {name: _random(name, p, generator) for name, p in parameters.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(parameters, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
@@ -199,10 +152,9 @@ def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """Each byte of the text is a token, so that its ids fit every vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={"<eos>": 0} | {c: i for i, c in enumerate(alphabet, start=1)}, merges=[])
-    )
+    alphabet = enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)
+    vocabulary = {"<eos>": 0} | {character: i for i, character in alphabet}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")

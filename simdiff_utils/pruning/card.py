@@ -16,14 +16,15 @@ tags: [depth-pruning, simdiff]{base_model}
 ---
 # {title}
 
-{model} with layers {removed} taken out (0-based indices of the original); {kept} of {n_layers} layers are left, their
-weights unchanged{recovered}. Chosen by {criterion}{alpha}, measured on {calibration}.
+{model} with layers {removed} taken out (0-based indices of the original); {kept} of {n_layers} layers are
+left, their weights unchanged{recovered}. Chosen by {criterion}{alpha}, measured on {calibration}.
 
 | measured | |
 |---|---|
 {measured}
 
-Model and text: {model}; {text}. Machine: {machine}. Perplexity on one text is not capability: measure your own task.
+Model and text: {model}; {text}. Machine: {machine}. Perplexity on one text is not capability: measure your
+own task.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,8 +41,9 @@ def write_companions(source: Path, folder: Path, facts: dict) -> None:
     for pattern in (*_COMPANIONS, *(CODE_FILES if needs_own_code(source) else ())):
         for file in source.glob(pattern):
             if file.name not in _OURS and not file.name.endswith(".index.json"):
-                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, folder / file.relative_to(source))
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
     write_json(folder / "pruning.json", facts)
     (folder / "README.md").write_text(_write_card(facts), encoding="utf-8")
 
@@ -55,19 +57,17 @@ def _write_card(facts: dict) -> str:
             weights were changed.
     """
     measured = facts["measured"] | facts.get("recovery", {})
-    removed = facts["removed"]
+    removed, recovered = facts["removed"], "recovery" in facts
+    cut_elsewhere = " `mergekit.yaml` and `llama_quantize.txt` make this cut elsewhere."
+    as_they_are = ("model", "n_layers", "criterion", "calibration", "text", "machine")
     return _CARD.format(
         base_model=f"\nbase_model: {facts['hub_id']}" if facts["hub_id"] else "",
         title=f"{facts['model']} without {len(removed)} of {facts['n_layers']} layers",
         removed=", ".join(map(str, removed)) or "none",
         kept=len(facts["kept"]),
-        recovered=" before the recovery" if "recovery" in facts else "",
+        recovered=" before the recovery" if recovered else "",
         alpha="" if facts["alpha"] is None else f" at alpha = {facts['alpha']:.3g}",
         measured="\n".join(f"| {name} | {value} |" for name, value in measured.items()),
-        same_cut=""
-        if "recovery" in facts
-        else " `mergekit.yaml` and `llama_quantize.txt` make this cut elsewhere.",
-        **{
-            name: facts[name] for name in ("model", "n_layers", "criterion", "calibration", "text", "machine")
-        },
+        same_cut="" if recovered else cut_elsewhere,
+        **{name: facts[name] for name in as_they_are},
     )

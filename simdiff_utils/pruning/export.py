@@ -3,18 +3,19 @@ usable."""
 
 import json
 from collections.abc import Iterator
-from math import inf
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
+from simdiff_utils.engine.stored import StoredTensor, StoredWeights
 from simdiff_utils.engine.surgery import keep, plan_cut
-from simdiff_utils.engine.weights import StoredTensor, StoredWeights, skeleton
+from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
 from simdiff_utils.pruning.card import write_companions
 
@@ -30,9 +31,7 @@ llama-quantize --prune-layers {layers} DENSE.gguf PRUNED.gguf COPY
 """
 
 
-def export_pruned(
-    source: Path, removed: frozenset[int], target: Path, facts: dict, overwrite: bool = False
-) -> None:
+def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: dict) -> None:
     """Copy a checkpoint without some of its layers, byte for byte, into a folder that plain `transformers`
     loads.
 
@@ -42,37 +41,31 @@ def export_pruned(
         source: the dense checkpoint, in safetensors.
         removed: 0-based indices in it.
         target: the new folder; it appears whole or not at all.
-        facts: for `pruning.json` and the model card, see `_write_card`.
-        overwrite: replace what is at `target`.
+        facts: for `pruning.json` and the model card, see `card._write_card`.
 
     Raises:
         SimDiffError: `target` exists, the disk cannot hold it, or the family cannot lose these layers.
     """
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite=False)
     model = skeleton(AutoConfig.from_pretrained(source))
     n_layers = len(decoder_layers(model))
     kept = keep(removed, n_layers)
     config = plan_cut(model, removed)[0] if removed else model.config
     stored = StoredWeights(source, model)
-    shards = _plan_shards(stored, kept, _tied_copies(model, stored))
-    check_disk(
-        target,
-        sum(tensor.n_bytes for shard in shards for tensor in shard.values()),
-        f"the checkpoint {target.name}",
-    )
+    tensors = _pick_tensors(stored, kept, _tied_copies(model, stored))
+    check_disk(target, sum(t.n_bytes for t in tensors.values()), f"the checkpoint {target.name}")
     with write_whole(target) as partial:
         partial.mkdir()
         config.save_pretrained(partial)
-        _write_shards(shards, partial)
+        _write_shards(tensors, partial)
         facts = facts | {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
         write_companions(source, partial, facts)
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-        (partial / "mergekit.yaml").write_text(
-            _MERGEKIT.format(dtype=dtype, slices="\n".join(_slices(kept, facts["source"]))), encoding="utf-8"
-        )
-        (partial / "llama_quantize.txt").write_text(
-            _LLAMA_QUANTIZE.format(layers=",".join(map(str, sorted(removed)))), encoding="utf-8"
-        )
+        slices = "\n".join(_slices(kept, facts["source"]))
+        mergekit = _MERGEKIT.format(dtype=dtype, slices=slices)
+        (partial / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
+        quantize = _LLAMA_QUANTIZE.format(layers=",".join(map(str, sorted(removed))))
+        (partial / "llama_quantize.txt").write_text(quantize, encoding="utf-8")
 
 
 def export_recovered(model: PreTrainedModel, pruned: Path, target: Path, measured: dict) -> None:
@@ -90,9 +83,9 @@ def export_recovered(model: PreTrainedModel, pruned: Path, target: Path, measure
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """Refuse to write where something is, unless asked to."""
     if target.exists() and not overwrite:
+        place = target.parent.name or target.parent
         raise SimDiffError(
-            f"{target.name} exists already in {target.parent.name or target.parent}: name another "
-            "folder, or set overwrite to true."
+            f"{target.name} exists already in {place}: name another folder, or set overwrite to true."
         )
 
 
@@ -119,11 +112,10 @@ def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, to
             f"{type(dense.model).__name__} does not run without layers {sorted(removed)}: {one_line(error)}"
         ) from error
     difference = (logits - expected.to(logits.device)).abs().max().item()
-    if not difference <= 1e-4 * expected.abs().max().item():
+    if not difference <= 1e-4 * expected.abs().max().item():  # neither where it is no number
         raise SimDiffError(
-            f"the exported checkpoint gives other logits than the model it comes from (largest "
-            f"difference {difference:.2g}): {type(dense.model).__name__} cannot lose layers "
-            f"{sorted(removed)}."
+            "the exported checkpoint gives other logits than the model it comes from (largest difference "
+            f"{difference:.2g}): {type(dense.model).__name__} cannot lose layers {sorted(removed)}."
         )
     return difference
 
@@ -140,36 +132,25 @@ def _tied_copies(model: PreTrainedModel, stored: StoredWeights) -> set[str]:
     return copies
 
 
-def _plan_shards(stored: StoredWeights, kept: list[int], left_out: set[str]) -> list[dict[str, StoredTensor]]:
-    """What each new file holds, by new name: at most 5 GB a file, in the order of the old ones."""
+def _pick_tensors(stored: StoredWeights, kept: list[int], left_out: set[str]) -> dict[str, StoredTensor]:
+    """What the new checkpoint holds, by new name, in the order of the old files."""
     new_idx = {old: new for new, old in enumerate(kept)}
     wanted = {*stored.rest, *(name for layer_idx in kept for name in stored.layers[layer_idx])} - left_out
-    shards, room = [], -inf
-    for name, tensor in stored.tensors.items():
-        if name in wanted:
-            room -= tensor.n_bytes
-            if room < 0:
-                shards.append({})
-                room = _SHARD_BYTES - tensor.n_bytes
-            shards[-1][stored.rename(name, new_idx)] = tensor
-    return shards
+    return {stored.rename(name, new_idx): t for name, t in stored.tensors.items() if name in wanted}
 
 
-def _write_shards(shards: list[dict[str, StoredTensor]], folder: Path) -> None:
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+def _write_shards(tensors: dict[str, StoredTensor], folder: Path) -> None:
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.n_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD_BYTES,
     )
-    for file, shard in zip(names, shards, strict=True):
-        _copy_tensors(shard, folder / file)
-    if len(shards) > 1:
-        total = sum(tensor.n_bytes for shard in shards for tensor in shard.values())
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+    for file, names in plan.filename_to_tensors.items():
+        _copy_tensors({name: tensors[name] for name in names}, folder / file)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _copy_tensors(shard: dict[str, StoredTensor], file: Path) -> None:

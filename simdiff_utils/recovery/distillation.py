@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils.engine.perplexity import CHUNK, rows_in_cache
+from simdiff_utils.engine.logits import logits_in_chunks, rows_in_cache
 
 
 def distillation_loss(
@@ -18,8 +18,8 @@ def distillation_loss(
 
     The weighted objective of Hinton et al. (arXiv:1503.02531) at temperature 1 and equal weights. The
     divergence alone, which Minitron (arXiv:2407.14679) heals by, cannot learn what the text has to teach
-    beyond what the dense model knows. Logits exist for `CHUNK` positions at a time: each chunk's gradient
-    with respect to the states is taken at once. Where q is the student's distribution and p the teacher's,
+    beyond what the dense model knows. Logits exist for a chunk of positions at a time, whose gradient with
+    respect to the states is taken at once. Where q is the student's distribution and p the teacher's,
     that with respect to the logits is q - (p + what came) / 2.
 
     Args:
@@ -31,27 +31,23 @@ def distillation_loss(
     Returns:
         a scalar, at least 0.
     """
-    # Each position is a sequence of its own, as in `task_lm`: together they may be more than the model has
-    # positions.
     gradient, total = torch.empty_like(states), states.new_zeros((), dtype=torch.float32)
-    chunks = zip(
-        *(tensor.split(CHUNK) for tensor in (gradient, states.detach(), wanted, tokens)), strict=True
-    )
-    for part, own, theirs, following in chunks:
-        with torch.no_grad():
-            target = teacher.logits(theirs[:, None])[:, 0]
-        own = own.requires_grad_()
-        found = student.logits(own[:, None])[:, 0]
-        slopes = torch.empty_like(found)  # of the loss, with respect to the logits
-        tensors = (found.detach(), target.to(found.device), following.to(found.device)[:, None], slopes)
-        for mine, wished, came, slope in rows_in_cache(*tensors):
-            log_q, log_p = mine.float().log_softmax(-1), wished.float().log_softmax(-1)
-            q, p = log_q.exp(), log_p.exp()
-            total += ((p * log_p.sub_(log_q)).sum() - log_q.gather(1, came).sum()) / 2
-            slope.copy_(
-                q.sub_(p, alpha=0.5).scatter_add_(1, came, came.new_full(came.shape, -0.5, dtype=q.dtype))
-            )
-        part.copy_(*torch.autograd.grad(found, own, slopes))
+    with torch.no_grad():
+        beside = (gradient, states.detach(), tokens)
+        for target, part, own, following in logits_in_chunks(teacher, wanted, *beside):
+            with torch.enable_grad():
+                found = student.logits(own.requires_grad_()[:, None])[:, 0]
+            slopes = torch.empty_like(found)  # of the loss, with respect to the logits
+            came = following.to(found.device)[:, None]
+            for mine, wished, next_id, slope in rows_in_cache(
+                found.detach(), target.to(found.device), came, slopes
+            ):
+                log_q, log_p = mine.float().log_softmax(-1), wished.float().log_softmax(-1)
+                q, p = log_q.exp(), log_p.exp()
+                total += ((p * log_p.sub_(log_q)).sum() - log_q.gather(1, next_id).sum()) / 2
+                half = next_id.new_full(next_id.shape, -0.5, dtype=q.dtype)
+                slope.copy_(q.sub_(p, alpha=0.5).scatter_add_(1, next_id, half))
+            part.copy_(*torch.autograd.grad(found, own, slopes))
     linear = (states * gradient).sum()  # whose gradient is the one wanted, and whose value is not
     return linear - linear.detach() + total
 

@@ -32,16 +32,12 @@ class Writer:
     @property
     def adjustable(self) -> bool:
         """A linear map or a norm in floating point: no set of experts, nothing quantised."""
-        weight, names = (
-            getattr(self.module, "weight", None),
-            {name for name, _ in self.module.named_parameters()},
-        )
-        return (
-            weight is not None
-            and weight.is_floating_point()
-            and names <= {"weight", "bias"}
-            and (self.per_channel or isinstance(self.module, (nn.Linear, Conv1D)))
-        )
+        weight = getattr(self.module, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            return False
+        names = {name for name, _ in self.module.named_parameters()}
+        known = self.per_channel or isinstance(self.module, (nn.Linear, Conv1D))
+        return known and names <= {"weight", "bias"}
 
     @property
     def per_channel(self) -> bool:
@@ -74,9 +70,8 @@ class Writer:
         0."""
         offset = 0.0
         if self.per_channel:
-            probe = torch.randn(8, len(self._matrix), generator=torch.Generator().manual_seed(0)).to(
-                self._matrix
-            )
+            generator = torch.Generator().manual_seed(0)
+            probe = torch.randn(8, len(self._matrix), generator=generator).to(self._matrix)
             one, zero = (self._output(probe, value, 0) for value in (1, 0))
             offset = round(((one - zero) * zero).sum().item() / (one - zero).square().sum().item())
         self._matrix.copy_((self._matrix.double() + offset) * factor - offset)
@@ -85,11 +80,10 @@ class Writer:
 
     def _output(self, given: Tensor, weight: float, bias: float | None = None) -> Tensor:
         """What a norm gives with one value for all weights, float64 [tokens, d]."""
-        values = {
-            name: torch.full_like(parameter, value)
-            for name, parameter in self.module.named_parameters()
-            if (value := {"weight": weight, "bias": bias}[name]) is not None
-        }
+        wanted, values = {"weight": weight, "bias": bias}, {}
+        for name, parameter in self.module.named_parameters():
+            if wanted[name] is not None:
+                values[name] = torch.full_like(parameter, wanted[name])
         return functional_call(self.module, values, (given,)).double().flatten(0, -2)
 
 
@@ -112,25 +106,28 @@ def find_writers(layer: nn.Module, through: Through, hold: bool) -> list[Writer]
 
     with hooked(modules, record):
         _, after = next(through())
-    size = (
-        after.float().norm(dim=-1, keepdim=True) / after.shape[-1] ** 0.5
-    )  # smaller noise would drown in rounding
+    size = after.float().norm(dim=-1, keepdim=True) / after.shape[-1] ** 0.5  # less would drown in rounding
     tolerance = max(1e-3, 4 * torch.finfo(after.dtype).eps)
-    generator, answers, found = torch.Generator().manual_seed(0), {}, []
-    with hooked(
-        modules, lambda module, _given, _output: answers[module].clone() if module in answers else None
-    ):
+    generator, found = torch.Generator().manual_seed(0), []
+    answers = {}  # what some modules are made to give
+
+    def answer(module: nn.Module, _given: tuple, _output: object) -> Tensor | None:
+        return answers[module].clone() if module in answers else None
+
+    with hooked(modules, answer):
         for module, output in reversed(gave.items()):
             if output.shape[-1] != after.shape[-1] or output.numel() != after.numel():
                 continue
+            # Give noise on top, as large as the states, and see by how much of it the layer's answer moves.
             noise = (torch.randn(after.shape, generator=generator).to(size) * size).to(after.dtype).float()
             answers[module] = (output.float() + noise.view_as(output).to(output.device)).to(output.dtype)
             moved = next(through())[1].float() - after.float()
             del answers[module]
             gain = ((moved * noise).sum(-1) / noise.square().sum(-1)).median().item()
-            if abs(gain) > tolerance and difference(moved, gain * noise) < tolerance:
+            if abs(gain) > tolerance and difference(moved, gain * noise) < tolerance:  # by it, and no other
                 found.append(Writer(modules[module], module, gain))
-                answers |= {module: output} if hold else {}
+                if hold:
+                    answers[module] = output
     return found
 
 
@@ -146,10 +143,10 @@ def ignores_scale(layer: nn.Module, through: Through, writers: list[Writer]) -> 
         doubled[module] = output.clone()
         return 2 * usual[module]
 
-    with (
-        hooked(modules, answer),
-        layer.register_forward_pre_hook(lambda _layer, given: (2 * given[0], *given[1:])),
-    ):
+    def double(_layer: nn.Module, given: tuple) -> tuple:
+        return 2 * given[0], *given[1:]
+
+    with hooked(modules, answer), layer.register_forward_pre_hook(double):
         _, twice = next(through())
     pairs = [(twice, 2 * after), *((doubled[module], usual[module]) for module in modules)]
     return all(difference(found, wanted) < 0.05 for found, wanted in pairs)  # rounding, and a norm's epsilon

@@ -65,7 +65,9 @@ def test_any_set_of_layers_is_the_model_built_by_hand(tiny, blocks):
         assert (found[removed] - logits_of(tiny, blocks)).abs().max() > 1e-3
 
 
-def test_the_model_is_left_as_it_was(tiny, blocks):
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2"])
+def test_the_model_is_left_as_it_was(make_tiny, blocks, name):
+    tiny = make_tiny(name)
     before, layers = logits_of(tiny, blocks), [id(layer) for layer in decoder_layers(tiny)]
     decoder = Decoder(tiny)
     run(decoder, blocks, SETS)
@@ -142,12 +144,18 @@ def test_streamed_equals_in_memory_in_every_family(family, saved, blocks, dtype)
     in_memory = open_decoder(saved(family), dtype)
     assert not in_memory.streamed
     expected = run(in_memory, blocks, sets)
-    for room in (float("inf"), 0):  # hidden states in memory, and on disk
-        streamed = stream_decoder(saved(family), dtype, room)
-        found = run(streamed, blocks, sets)
-        assert all(torch.equal(found[removed], expected[removed]) for removed in sets)
-        layers = {id(p) for layer in decoder_layers(streamed.model) for p in layer.parameters()}
-        assert all(p.is_meta == (id(p) in layers) for p in streamed.model.parameters()), "layers come and go"
+    streamed = stream_decoder(saved(family), dtype)
+    found = run(streamed, blocks, sets)
+    assert all(torch.equal(found[removed], expected[removed]) for removed in sets)
+    layers = {id(p) for layer in decoder_layers(streamed.model) for p in layer.parameters()}
+    assert all(p.is_meta == (id(p) in layers) for p in streamed.model.parameters()), "layers come and go"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_on_disk_are_those_in_memory(saved, blocks, dtype):
+    sets = (frozenset(), *SETS)
+    expected, found = (run(stream_decoder(saved("gemma3"), dtype, room), blocks, sets) for room in (1e9, 0))
+    assert all(torch.equal(found[removed], expected[removed]) for removed in sets)
 
 
 def test_every_layer_is_read_once_a_pass_for_all_blocks_and_sets(saved, blocks, monkeypatch):
@@ -210,14 +218,17 @@ def bare(monkeypatch):
 def test_the_budget_decides(bare, saved, blocks):
     folder, rest = saved("llama"), 4 * (2 * 97 * 32 + 32)
     whole = rest + N_LAYERS * LAYER_BYTES
-    assert not memory.plan_memory(folder, torch.float32, whole / 2**30, 16).streamed
-    plan = memory.plan_memory(folder, torch.float32, (whole - 1) / 2**30, 16)
-    assert plan.streamed and plan.states_room == pytest.approx(whole - 1 - plan.needed)
-    least = (rest + 2 * LAYER_BYTES) / 2**30
-    assert memory.plan_memory(folder, torch.float32, least * 1.0001, 16).streamed
+    streamed = rest + 2 * LAYER_BYTES
+
+    def plan(n_bytes):
+        return memory.plan_states_room(folder, torch.float32, n_bytes / 2**30, 16)
+
+    assert plan(whole) is None
+    assert plan(whole - 1) == pytest.approx(whole - 1 - streamed)
+    assert plan(streamed * 1.0001) == pytest.approx(streamed * 0.0001)
     with pytest.raises(SimDiffError, match=r"too little .* needs 0\.1 GiB \(memory_gib\)"):
-        memory.plan_memory(folder, torch.float32, least * 0.999, 16)
-    assert open_decoder(folder, "float32", least * 1.0001, 16).streamed
+        plan(streamed * 0.999)
+    assert open_decoder(folder, "float32", streamed * 1.0001 / 2**30, 16).streamed
     assert not open_decoder(folder, "float32").streamed  # no budget named: there is room
 
 

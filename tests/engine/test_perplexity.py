@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.engine import perplexity as perplexity_module
+from simdiff_utils.engine import logits as logits_module
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.perplexity import (
@@ -39,14 +39,15 @@ def test_losses_equal_a_sum_over_the_tokens(tiny, blocks):
 
 
 @pytest.mark.parametrize("removed", [frozenset({0}), frozenset({1, 3, 5})])
-def test_losses_without_layers(tiny, blocks, removed):
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_losses_without_layers(make_tiny, blocks, name, removed):
+    tiny = make_tiny(name)
     dense, pruned = block_losses(Decoder(tiny), blocks, (frozenset(), removed))
     with layers_removed(tiny, removed):
         np.testing.assert_allclose(pruned, losses_token_by_token(tiny, blocks), rtol=1e-5)
     assert (abs(pruned - dense) > 1e-3).any()
-    np.testing.assert_array_equal(
-        block_losses(Decoder(tiny), blocks)[0], dense
-    )  # whole again, and alone the same
+    alone = block_losses(Decoder(tiny), blocks)[0]
+    np.testing.assert_array_equal(alone, dense)  # whole again, and the same without company
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 99])
@@ -84,10 +85,10 @@ def test_the_logits_of_few_positions_are_held_at_once(make_tiny, blocks, monkeyp
     decoder, most = Decoder(make_tiny("gemma2")), []
     expected = block_losses(decoder, blocks)
     original = decoder.logits
-    monkeypatch.setattr(perplexity_module, "CHUNK", 7)
+    monkeypatch.setattr(logits_module, "CHUNK", 7)
     monkeypatch.setattr(decoder, "logits", lambda hidden: most.append(hidden.shape[:2]) or original(hidden))
     np.testing.assert_allclose(block_losses(decoder, blocks), expected, rtol=1e-5)
-    assert set(most) == {(1, 7), (1, 5)}  # 19 positions are predicted
+    assert set(most) == {(7, 1), (5, 1)}  # 19 positions of each block are predicted
 
 
 @pytest.mark.parametrize("removed", [{6}, {-1}, {0, 17}, set(range(6))])
@@ -151,9 +152,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     intervals = [perplexity_interval(rng.normal(3, 0.4, 30)) for _ in range(200)]
     held = sum(low <= math.exp(3) <= high for low, high in intervals)
-    assert (
-        0.88 * 200 <= held < 200
-    )  # percentiles of 30 blocks fall a little short of 95 %; always would be too wide
+    assert 0.88 * 200 <= held < 200  # of 30 blocks a little short of 95 %; always would be too wide
 
 
 def test_the_ratio_gate():

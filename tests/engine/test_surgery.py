@@ -50,23 +50,6 @@ def test_the_rest_computes_what_a_model_built_by_hand_does(tiny, blocks, removed
     assert tokens.tolist() == assert_cache_agrees(expected, blocks).tolist()
 
 
-@sets
-def test_a_neighbour_removed_instead_would_be_seen(tiny, blocks, removed):
-    """The test above can fail: the tiny models are made such that every layer matters."""
-    neighbours = {
-        frozenset(removed - {i} | {i + step})
-        for i in removed
-        for step in (-1, 1)
-        if 0 <= i + step < N_LAYERS and i + step not in removed
-    }
-    assert neighbours
-    expected = logits_of(build_by_hand(tiny, removed), blocks)
-    for other in (*neighbours, frozenset()):
-        with layers_removed(tiny, other):
-            moved = (logits_of(tiny, blocks) - expected).abs().max()
-            assert moved > 100 * TOLERANCE * expected.abs().max()
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_cached_generation_needs_the_layers_renumbered(make_tiny, blocks, monkeypatch, name):
     plan = surgery.plan_cut
@@ -83,9 +66,8 @@ def state_of(model):
     return copy.deepcopy(model.config.to_dict()), numbers, [id(layer) for layer in decoder_layers(model)]
 
 
-@sets
-def test_the_model_is_whole_again_afterwards(tiny, blocks, removed):
-    before, dense = state_of(tiny), logits_of(tiny, blocks)
+def test_the_model_is_whole_again_afterwards(tiny, blocks):
+    removed, before, dense = frozenset({0, 2, 5}), state_of(tiny), logits_of(tiny, blocks)
     with layers_removed(tiny, removed):
         assert state_of(tiny) != before
         assert len(decoder_layers(tiny)) == N_LAYERS - len(removed) == tiny.config.num_hidden_layers
@@ -116,10 +98,10 @@ def test_weights_are_shared_not_copied(llama):
         assert {p.data_ptr() for p in llama.parameters()} < addresses
 
 
-def test_the_empty_set_removes_nothing(tiny, blocks):
-    dense = logits_of(tiny, blocks)
-    with layers_removed(tiny, frozenset()):
-        assert torch.equal(logits_of(tiny, blocks), dense)
+def test_the_empty_set_removes_nothing(llama, blocks):
+    dense = logits_of(llama, blocks)
+    with layers_removed(llama, frozenset()):
+        assert torch.equal(logits_of(llama, blocks), dense)
 
 
 @settings(
@@ -169,12 +151,8 @@ TINY = dict(
         ("diffllama", {}, {0}, "lambda_init"),  # each layer's constant is computed from its place
         ("minimax", {}, {1}, "num_hidden_layers"),
         ("recurrent_gemma", {}, {0}, "temporal_block"),  # kinds of layers at fixed places
-        (
-            "falcon_h1",
-            {},
-            {0},
-            "its config cannot state the others",
-        ),  # it cannot read its own file back, whole or cut
+        # it cannot read its own file back, whole or cut
+        ("falcon_h1", {}, {0}, "its config cannot state the others"),
     ],
 )
 def test_layers_that_depend_on_their_place_are_refused(family, changes, removed, words):
@@ -212,11 +190,8 @@ def test_lists_that_only_happen_to_be_as_long_are_left_alone(make_tiny):
 # ---- merged, LaCo's rule -------------------------------------------------------------------------
 
 
-MERGES = [
-    ((1, (2, 3)),),
-    ((4, (5,)), (2, (3, 4))),
-    ((2, (3, 4, 5)), (0, (1, 2))),
-]  # the last two: merged ones again
+# the last two: merged ones again
+MERGES = [((1, (2, 3)),), ((4, (5,)), (2, (3, 4))), ((2, (3, 4, 5)), (0, (1, 2)))]
 
 
 @pytest.mark.parametrize("merges", MERGES, ids=str)
@@ -271,10 +246,8 @@ def test_weights_are_whole_again_after_an_error_in_a_merge_or_inside(make_tiny):
         assert not torch.equal(model.state_dict()[key], dense[key])
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
-    with (
-        pytest.raises(SimDiffError) as error,
-        layers_merged(model, ((2, (3,)), (0, (1,)))),
-    ):  # layer 1 has no experts
+    unlike = ((2, (3,)), (0, (1,)))  # layer 1 has no experts
+    with pytest.raises(SimDiffError) as error, layers_merged(model, unlike):
         pytest.fail("the block ran")
     assert str(error.value) == (
         "layers [0, 1] of Qwen3MoeForCausalLM are not built alike and cannot be merged; use a "

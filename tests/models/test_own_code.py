@@ -90,7 +90,8 @@ def test_a_trusted_model_is_pruned_healed_and_opens_in_plain_transformers(truste
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A; "
         "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval(); "
-        "torch.save(m(torch.load(sys.argv[2]), use_cache=False).logits.detach(), sys.argv[3]); print(type(m).__name__)"
+        "torch.save(m(torch.load(sys.argv[2]), use_cache=False).logits.detach(), sys.argv[3]); "
+        "print(type(m).__name__)"
     )
     found = {}
     for name, folder in (("exported", exported), ("healed", run.recovered_checkpoint())):

@@ -15,16 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
-from simdiff_utils.engine.perplexity import CHUNK, rows_in_cache
+from simdiff_utils.engine.logits import logits_in_chunks, rows_in_cache
 from simdiff_utils.engine.surgery import layers_removed
 
 Removed = frozenset[int]
-Answers = list[
-    tuple[float, bool]
-]  # log-likelihood in nats of a continuation, and whether greedy decoding gives it
-Encoded = tuple[
-    tuple[str, str], list[int], list[int]
-]  # texts, tokens of the context, tokens of the continuation
+# Of each continuation its log-likelihood in nats, and whether greedy decoding gives it.
+Answers = list[tuple[float, bool]]
+# Both texts, the tokens of the context, those of the continuation.
+Encoded = tuple[tuple[str, str], list[int], list[int]]
 
 
 class SetsLM(HFLM):
@@ -47,12 +45,8 @@ class SetsLM(HFLM):
             sets: 0-based layer indices to leave out.
             batch_tokens: tokens of a forward pass, padding included; a longer input is a batch of its own.
         """
-        super().__init__(
-            pretrained=decoder.model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=1 if decoder.device.type == "cpu" else 8,
-        )  # generation only
+        batch_size = 1 if decoder.device.type == "cpu" else 8  # of generation only
+        super().__init__(decoder.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._device = decoder.device
         self._decoder, self._sets, self._batch_tokens = decoder, sets, batch_tokens
         self._asked: list | None = None
@@ -95,8 +89,9 @@ class SetsLM(HFLM):
     ) -> Answers:
         inputs, groups = self._distinct_inputs(requests)
         batches, members = _pack(inputs, self._batch_tokens)
+        n = len(requests)
         totals = {
-            removed: (torch.zeros(len(requests), dtype=torch.float64), torch.ones(len(requests)).bool())
+            removed: (torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.bool))
             for removed in self._sets
         }
         done: Counter[Removed] = Counter()
@@ -137,7 +132,7 @@ class SetsLM(HFLM):
             groups.setdefault(tuple(whole[:-1]), []).append(n)
         return [list(tokens) for tokens in groups], list(groups.values())
 
-    @torch.inference_mode()  # a part of a pass's states is an ordinary tensor outside of it, and its logits keep a graph
+    @torch.inference_mode()  # else parts of a pass's states are ordinary tensors, whose logits keep a graph
     def _score(self, states: Tensor, targets: Tensor, sums: Tensor, greedy: Tensor) -> None:
         """Add to `sums`, and clear in `greedy`, what the targets (row, position, token, request) of a batch
         say.
@@ -148,11 +143,8 @@ class SetsLM(HFLM):
         order = which.argsort(stable=True)
         targets, which = targets[order], which[order]
         hidden = states[places[:, 0].to(states.device), places[:, 1].to(states.device)]  # [n_places, d]
-        for start in range(0, len(places), CHUNK):
-            logits = self._decoder.logits(hidden[start : start + CHUNK, None])[
-                :, 0
-            ]  # [n_places here, vocabulary]
-            for rows, asked in rows_in_cache(logits, torch.arange(start, start + len(logits))):
+        for logits, numbers in logits_in_chunks(self._decoder, hidden, torch.arange(len(places))):
+            for rows, asked in rows_in_cache(logits, numbers):
                 here = (which >= asked[0]) & (which <= asked[-1])
                 tokens, owners = targets[here, 2].to(rows.device), targets[here, 3]
                 scores = rows.float().log_softmax(-1)
@@ -165,8 +157,7 @@ class SetsLM(HFLM):
 def _pack(inputs: list[list[int]], batch_tokens: int) -> tuple[list[Tensor], list[list[int]]]:
     """Batches [batch, seq] of inputs of like length, the longest first, and which inputs are their rows.
 
-    Rows are filled up on the right with their last token: in a causal model nothing to the left of it
-        changes.
+    Rows are filled up on the right with their last token: in a causal model nothing to its left changes.
     """
     members: list[list[int]] = []
     for i in sorted(range(len(inputs)), key=lambda i: -len(inputs[i])):
@@ -176,5 +167,6 @@ def _pack(inputs: list[list[int]], batch_tokens: int) -> tuple[list[Tensor], lis
     batches = []
     for rows in members:
         n_tokens = len(inputs[rows[0]])
-        batches.append(torch.tensor([inputs[i] + inputs[i][-1:] * (n_tokens - len(inputs[i])) for i in rows]))
+        filled = [inputs[i] + inputs[i][-1:] * (n_tokens - len(inputs[i])) for i in rows]
+        batches.append(torch.tensor(filled))
     return batches, members
