@@ -1,8 +1,12 @@
 """One look for every picture: how each criterion is drawn (from the registry), axes, legends."""
 
+from collections.abc import Iterable
+
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from simdiff_utils import registry
@@ -30,9 +34,17 @@ def look(name: str, **changes: object) -> dict[str, object]:
     return {"color": row.color, "marker": row.marker, "ls": row.ls, "label": row.label} | changes
 
 
-def colour(name: str) -> str:
-    """The colour alone."""
-    return str(look(name)["color"])
+def shared_legend(place: Figure | Axes, axes: Iterable[Axes], **where: object) -> Legend:
+    """One legend for several panels, in a figure or beside an axis; what several show stands there once."""
+    pairs = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    found = {label: handle for handle, label in pairs}
+    return place.legend(found.values(), found.keys(), **({"fontsize": 9} | where))
+
+
+def note(axis: Axes, text: object, place: tuple[float, float], offset: tuple[float, float], **looks) -> None:
+    """A word in small letters, `offset` points away from its place."""
+    given = {"fontsize": 8} | looks
+    axis.annotate(str(text), place, textcoords="offset points", xytext=offset, **given)
 
 
 def use_style() -> None:
@@ -66,9 +78,3 @@ def plain_log_axis(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-_ALL = (*_MODELS, *registry.CRITERIA)
-COLOURS = {name: look(name)["color"] for name in _ALL}
-MARKERS = {name: look(name)["marker"] for name in _ALL}
-DASHES = {name: look(name)["ls"] for name in _ALL}

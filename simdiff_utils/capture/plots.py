@@ -9,40 +9,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
-from simdiff_utils.style import COLOURS, layer_axis
+from simdiff_utils.style import layer_axis, look
 
-_AXIS = {
-    "cosine_distance": "cosine distance (Eq. 2)",
-    "mssd": "MSSD, activation² (Eq. 3)",
-    "masd": "MASD, activation (Eq. 4)",
-    "relative_update": "relative update (ours)",
+_PANELS = {  # statistic -> criterion whose colour it has, label
+    "cosine_distance": ("cosine", "cosine distance (Eq. 2)"),
+    "mssd": ("mssd", "MSSD, activation² (Eq. 3)"),
+    "masd": ("masd", "MASD, activation (Eq. 4)"),
+    "relative_update": ("relative", "relative update (ours)"),
 }
-_COLOUR_OF = {"cosine_distance": "cosine", "mssd": "mssd", "masd": "masd", "relative_update": "relative"}
+_GREY = "#555555"
 
 
 def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
     """The raw measurements per layer, with position 0 (filled) and without it (hollow)."""
     table = captured.table()
-    figure, axes = plt.subplots(1, len(STATISTICS), figsize=(14, 3.2))
-    for axis, name in zip(axes, STATISTICS, strict=True):
-        colour = COLOURS[_COLOUR_OF[name]]
-        axis.plot(table["layer_idx"], table[name], marker="o", ms=4, color=colour, label="all positions")
-        axis.plot(
-            table["layer_idx"],
-            table[f"{name}_without_first"],
-            marker="o",
-            ms=5,
-            mfc="white",
-            ls=":",
-            color="#555555",
-            label="without position 0",
-        )
-        axis.set(ylabel=_AXIS[name], yscale="log")
+    layers = table["layer_idx"]
+    figure, axes = plt.subplots(1, len(_PANELS), figsize=(14, 3.2))
+    hollow = dict(marker="o", ms=5, mfc="white", ls=":", color=_GREY, label="without position 0")
+    for axis, (name, (criterion, label)) in zip(axes, _PANELS.items(), strict=True):
+        axis.plot(layers, table[name], **look(criterion, marker="o", ls="-", ms=4, label="all positions"))
+        axis.plot(layers, table[f"{name}_without_first"], **hollow)
+        axis.set(ylabel=label, yscale="log")
         layer_axis(axis)
     axes[2].legend(loc="upper left", fontsize=9)
-    figure.suptitle(
-        f"{title} · mean over {captured.n_samples} samples of {captured.by_position.shape[2]} tokens"
-    )
+    seq_len = captured.by_position.shape[2]
+    figure.suptitle(f"{title} · mean over {captured.n_samples} samples of {seq_len} tokens")
     return figure
 
 
@@ -50,15 +41,14 @@ def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
     """Peak memory of a capture over the number of samples, both ways; dotted: extrapolated by the states
     kept."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    for (way, rows), colour, marker in zip(
-        measured.groupby("way"), ("#0072B2", "#D55E00"), ("s", "o"), strict=True
-    ):
+    looks = (("#0072B2", "s"), ("#D55E00", "o"))
+    for (way, rows), (colour, marker) in zip(measured.groupby("way"), looks, strict=True):
         last = rows.iloc[-1]
         per_sample = last["states_gib"] / last["n_samples"]
         reach = np.linspace(last["n_samples"], 32 * last["n_samples"], 50)
         axis.plot(reach, last["peak_gib"] + per_sample * (reach - last["n_samples"]), ls=":", color=colour)
         axis.plot(rows["n_samples"], rows["peak_gib"], marker=marker, color=colour, label=f"{way}, measured")
-    axis.plot([], [], ls=":", color="#555555", label="extrapolated: only the kept states grow")
+    axis.plot([], [], ls=":", color=_GREY, label="extrapolated: only the kept states grow")
     axis.set(xscale="log", xlabel=f"calibration samples of {seq_len} tokens")
     axis.set(ylabel="peak resident memory, GiB", ylim=0)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
@@ -68,16 +58,10 @@ def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
 
 def plot_positions(captured: LayerStatistics, n_positions: int = 24) -> Figure:
     """MSSD of every layer at the first positions: where its mass sits."""
-    mssd = captured.by_position[STATISTICS.index("mssd")]
-    n_positions = min(n_positions, mssd.shape[1])
+    mssd = pd.DataFrame(captured.by_position[STATISTICS.index("mssd"), :, :n_positions])
     figure, axis = plt.subplots(figsize=(9, 4.2))
-    sns.heatmap(
-        pd.DataFrame(mssd[:, :n_positions]),
-        norm=LogNorm(),
-        cmap="cividis",
-        ax=axis,
-        cbar_kws={"label": "MSSD at this position, activation²"},
-    )
+    bar = {"label": "MSSD at this position, activation²"}
+    sns.heatmap(mssd, norm=LogNorm(), cmap="cividis", ax=axis, cbar_kws=bar)
     axis.set(xlabel="position in the sample", ylabel="layer index", title="MSSD by layer and position")
     axis.invert_yaxis()
     axis.tick_params(axis="y", rotation=0)

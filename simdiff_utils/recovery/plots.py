@@ -3,55 +3,46 @@ measured."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simdiff_utils.style import COLOURS
+from simdiff_utils.style import look, shared_legend
 
 RUNGS = {
-    "magnitude": ("x", "#999999", ":"),
-    "linear": ("s", "#0072B2", ":"),
-    "lora": ("o", "#E69F00", "-"),
-    "distillation": ("^", "#009E73", "-"),
-    "linear+lora": ("D", "#D55E00", "--"),
-    "linear+distillation": ("P", "#CC79A7", "--"),
-}  # marker, colour, dashes
+    "magnitude": dict(marker="x", color="#999999", ls=":"),
+    "linear": dict(marker="s", color="#0072B2", ls=":"),
+    "lora": dict(marker="o", color="#E69F00", ls="-"),
+    "distillation": dict(marker="^", color="#009E73", ls="-"),
+    "linear+lora": dict(marker="D", color="#D55E00", ls="--"),
+    "linear+distillation": dict(marker="P", color="#CC79A7", ls="--"),
+}
+_SHARE = "lost log-perplexity\nrecovered, % (validation)"
 
 
 def plot_training(log: pd.DataFrame, dense: float, pruned: float) -> Figure:
     """Left, the loss over the tokens seen; right, the share of the lost log-perplexity that is back.
 
     Args:
-        log: of `recovery.Trained`.
+        log: of `recovery.lora.Trained`.
         dense, pruned: loss on the validation blocks of the dense and the pruned model, in nats per token.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     train, held_out = log.dropna(subset=["loss"]), log.dropna(subset=["eval_loss"])
+    seen = held_out["tokens"] / 1000
+    batches = look("recovered", marker="o", ms=4, label="training batches")
+    left.plot(train["tokens"] / 1000, train["loss"], **batches)
     left.plot(
-        train["tokens"] / 1000,
-        train["loss"],
-        marker="o",
-        ms=4,
-        color=COLOURS["recovered"],
-        label="training batches",
-    )
-    left.plot(
-        held_out["tokens"] / 1000,
-        held_out["eval_loss"],
-        "D--",
-        ms=7,
-        color=COLOURS["dense"],
-        label="validation blocks, next token",
+        seen, held_out["eval_loss"], **look("dense", ls="--", ms=7, label="validation blocks, next token")
     )
     left.set(ylabel="loss, nats per token")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2, fontsize=9)
-    share = 100 * (pruned - held_out["eval_loss"]) / (pruned - dense)
-    right.plot(held_out["tokens"] / 1000, share, "P-", ms=8, color=COLOURS["recovered"])
-    right.axhline(100, color=COLOURS["dense"], lw=1.2)
-    end = held_out["tokens"].max() / 1000
-    right.text(end, 97, "dense", fontsize=9, va="top", ha="right")
-    right.axhline(0, color=COLOURS["pruned"], lw=1.2, ls="--")
-    right.text(end, 2, "pruned", fontsize=9, va="bottom", ha="right")
-    right.set(ylabel="lost log-perplexity\nrecovered, % (validation)", ylim=(min(-5, share.min() - 5), 105))
+    share = _percent_back(held_out["eval_loss"], dense, pruned)
+    right.plot(seen, share, **look("recovered", ms=8))
+    right.axhline(100, color=look("dense")["color"], lw=1.2)
+    right.text(seen.max(), 97, "dense", fontsize=9, va="top", ha="right")
+    _draw_pruned(right)
+    right.text(seen.max(), 2, "pruned", fontsize=9, va="bottom", ha="right")
+    right.set(ylabel=_SHARE, ylim=(min(-5, share.min() - 5), 105))
     for axis in (left, right):
         axis.set(xlabel="thousand tokens seen")
     return figure
@@ -61,12 +52,11 @@ def plot_ladder(table: pd.DataFrame) -> Figure:
     """Test perplexity of the dense, the pruned and the healed models, each with the share recovered (see
     `Ladder`)."""
     figure, axis = plt.subplots(figsize=(8, 0.6 + 0.45 * len(table)))
-    colours = [COLOURS[name if name in ("dense", "pruned") else "recovered"] for name in table["rung"]]
+    names = [name if name in ("dense", "pruned") else "recovered" for name in table["rung"]]
+    colours = [look(name)["color"] for name in names]
     bars = axis.barh(table["rung"], table["perplexity"], color=colours, height=0.65)
-    labels = [
-        f"{row.perplexity:.1f}" + (f"   {row.share:.0%} recovered" if 2 <= row.Index else "")
-        for row in table.itertuples()
-    ]
+    back = [f"   {share:.0%} recovered" if i >= 2 else "" for i, share in enumerate(table["share"])]
+    labels = [f"{value:.1f}{share}" for value, share in zip(table["perplexity"], back, strict=True)]
     axis.bar_label(bars, labels, padding=4, fontsize=10)
     axis.set(xlabel="test perplexity")
     axis.invert_yaxis()
@@ -84,37 +74,28 @@ def plot_rungs(curves: pd.DataFrame, table: pd.DataFrame, titles: dict[str, str]
         table: the rungs at their end: case, rung, n_tokens, share (of the test split), n_trained.
         titles: case -> what stands above its panel.
     """
-    figure, axes = plt.subplots(
-        1, len(titles), figsize=(1 + 4 * len(titles), 3.9), sharey=True, squeeze=False
-    )
+    size = (1 + 4 * len(titles), 3.9)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
     for axis, (case, title) in zip(axes[0], titles.items(), strict=True):
-        for rung, (marker, colour, dashes) in RUNGS.items():
+        for rung, own in RUNGS.items():
             curve = curves[(curves["case"] == case) & (curves["rung"] == rung)]
             if len(curve):
-                share = (
-                    100
-                    * (curve["pruned_loss"] - curve["eval_loss"])
-                    / (curve["pruned_loss"] - curve["dense_loss"])
-                )
-                axis.plot(
-                    curve["tokens"] / 1000, share, marker=marker, color=colour, ls=dashes, ms=6, label=rung
-                )
-            untrained = table[(table["case"] == case) & (table["rung"] == rung) & (table["n_trained"] == 0)]
-            if len(untrained):
-                axis.plot(
-                    untrained["n_tokens"] / 1000,
-                    100 * untrained["share"],
-                    marker=marker,
-                    color=colour,
-                    ls="",
-                    ms=8,
-                    label=f"{rung} (no training, test split)",
-                )
-        axis.axhline(0, color=COLOURS["pruned"], lw=1.2, ls="--")
+                share = _percent_back(curve["eval_loss"], curve["dense_loss"], curve["pruned_loss"])
+                axis.plot(curve["tokens"] / 1000, share, **own, ms=6, label=rung)
+            ends = table[(table["case"] == case) & (table["rung"] == rung) & (table["n_trained"] == 0)]
+            if len(ends):
+                alone = own | dict(ls="", ms=8, label=f"{rung} (no training, test split)")
+                axis.plot(ends["n_tokens"] / 1000, 100 * ends["share"], **alone)
+        _draw_pruned(axis)
         axis.set(title=title, xlabel="thousand tokens seen")
-    axes[0][0].set(ylabel="lost log-perplexity\nrecovered, % (validation)")
-    found = {
-        label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    axes[0, 0].set_ylabel(_SHARE)
+    shared_legend(figure, axes[0], loc="outside lower center", ncols=3)
     return figure
+
+
+def _percent_back(loss: pd.Series, dense: float | pd.Series, pruned: float | pd.Series) -> pd.Series:
+    return 100 * (pruned - loss) / (pruned - dense)
+
+
+def _draw_pruned(axis: Axes) -> None:
+    axis.axhline(0, color=look("pruned")["color"], lw=1.2, ls="--")

@@ -22,7 +22,8 @@ from simdiff_utils.models.checkpoints import hash_checkpoint
 from simdiff_utils.pruning.export import export_recovered, refuse_existing
 from simdiff_utils.pruning.stage import copy_out, export_target, pruned_checkpoint, removed_layers
 from simdiff_utils.recovery.data import TrainingRows, block_rows, load_rows
-from simdiff_utils.recovery.lora import Recipe, Trained, recipe_for, train_lora
+from simdiff_utils.recovery.lora import Trained, train_lora
+from simdiff_utils.recovery.recipe import Recipe, recipe_for
 from simdiff_utils.recovery.repair import repair
 from simdiff_utils.run import Run, is_sound
 from simdiff_utils.settings import CaptureSettings, RepairSettings, TrainingSettings

@@ -5,9 +5,8 @@ The roofline (Williams, Waterman, Patterson, Communications of the ACM 52(4), 20
 than reading its bytes, and no less than computing its operations.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import pandas as pd
@@ -16,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.speed.timing import Protocol, prefill
+from simdiff_utils.speed.generate import Protocol, now, prefill
 
-_N_TRIES = 7
+_N_TRIES = 7  # of a measured rate, besides the one that warms up
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,9 @@ class Rates:
     n_threads: int
 
 
-def parameters_read_per_token(model: PreTrainedModel) -> int:
-    """Weights one decode step of one sequence has to read.
-
-    All parameters, each once: a matrix tied to the head counts as the head. Embeddings that are not the head
-    (untied input, learned positions) count nothing: a step reads one row of them. Of a layer's experts those
-    count that a token is sent to.
-
-    Raises:
-        SimDiffError: experts, and no word in the config of how many a token is sent to.
-    """
-    return round(sum(p.numel() * _share_read(model, p, 1) for p in _parameters_read(model)))
-
-
 def _parameters_read(model: PreTrainedModel) -> list[nn.Parameter]:
+    """All parameters that a step reads, each once: a matrix tied to the head is the head. Embeddings that are
+    not the head (untied input, learned positions) count nothing: a step looks up one row of them."""
     head = model.get_output_embeddings().weight
     rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head)}
     return [p for p in model.parameters() if id(p) not in rows]
@@ -95,7 +83,8 @@ def count_pass(model: PreTrainedModel, *, batch_size: int, n_tokens: int, n_cach
         model: on any device; on the meta device a dense model of any size takes no memory.
 
     Raises:
-        SimDiffError: as `parameters_read_per_token`; a model without a KV cache.
+        SimDiffError: experts, and no word in the config of how many a token is sent to; a model without a KV
+            cache.
     """
     read = _parameters_read(model)
     n_weights = sum(p.numel() * _share_read(model, p, batch_size * n_tokens) for p in read)
@@ -106,9 +95,8 @@ def count_pass(model: PreTrainedModel, *, batch_size: int, n_tokens: int, n_cach
     kv_numbers = n_pairs_by_width = 0
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None) or total
-        kv_numbers += (layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel()) * min(
-            total, window + n_tokens - 1
-        )
+        per_token = sum(states[0, :, 0].numel() for states in (layer.keys, layer.values))
+        kv_numbers += per_token * min(total, window + n_tokens - 1)
         n_pairs = sum(min(position + 1, window) for position in range(n_cached, total))
         n_pairs_by_width += n_pairs * (layer.keys.shape[-1] + layer.values.shape[-1])
     itemsize = model.dtype.itemsize
@@ -126,26 +114,14 @@ def bound_phases(model: PreTrainedModel, protocol: Protocol) -> pd.DataFrame:
         one row per phase: phase, batch_size, weight_bytes, kv_bytes, operations (of one pass; of decode the
         pass in the middle, since its work grows by the same amount from pass to pass), n_passes.
     """
-    passes = {"prefill": (protocol.prompt_len, 0, 1)}
+    passes = {"prefill": (protocol.prompt_len, 0, 1)}  # n_tokens, n_cached, n_passes
     if protocol.n_new_tokens:
-        passes[protocol.decode_phase] = (
-            1,
-            protocol.prompt_len + protocol.n_new_tokens // 2,
-            protocol.n_new_tokens,
-        )
+        middle = protocol.prompt_len + protocol.n_new_tokens // 2
+        passes[protocol.decode_phase] = (1, middle, protocol.n_new_tokens)
     rows = []
     for phase, (n_tokens, n_cached, n_passes) in passes.items():
         work = count_pass(model, batch_size=protocol.batch_size, n_tokens=n_tokens, n_cached=n_cached)
-        rows.append(
-            dict(
-                phase=phase,
-                batch_size=protocol.batch_size,
-                weight_bytes=work.weight_bytes,
-                kv_bytes=work.kv_bytes,
-                operations=work.operations,
-                n_passes=n_passes,
-            )
-        )
+        rows.append({"phase": phase, "batch_size": protocol.batch_size, **asdict(work), "n_passes": n_passes})
     return pd.DataFrame(rows)
 
 
@@ -165,20 +141,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     bandwidth = matrix.nbytes / _best_seconds(partial(torch.mv, matrix, vector), device)
     del matrix
     square = torch.ones(side, side, device=device, dtype=dtype)
-    return Rates(
-        bandwidth,
-        2 * side**3 / _best_seconds(partial(torch.mm, square, square), device),
-        torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        torch.get_num_threads(),
-    )
+    matrix_rate = 2 * side**3 / _best_seconds(partial(torch.mm, square, square), device)
+    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    return Rates(bandwidth, matrix_rate, name, torch.get_num_threads())
 
 
 def _best_seconds(compute: Callable[[], object], device: torch.device) -> float:
     seconds = []
-    for _ in range(_N_TRIES + 1):  # the first warms up
-        started = time.perf_counter()
+    for _ in range(_N_TRIES + 1):
+        started = now(device)
         compute()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now(device) - started)
     return min(seconds[1:])

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from simdiff_utils.engine.fresh import run_fresh
 from simdiff_utils.models.own_code import trust_as_parent
 from simdiff_utils.provenance import peak_memory_gib
-from simdiff_utils.speed.timing import Protocol, decode, fill_cache, prefill
+from simdiff_utils.speed.generate import Protocol, decode, fill_cache, new_cache, prefill
 
 _GIB = 2**30
 
@@ -55,16 +55,11 @@ def probe(
         model.to("cuda")
     token, cache = prefill(model, torch.zeros(batch_size, prompt_len, dtype=torch.long, device=model.device))
     if n_new_tokens:
-        empty = DynamicCache(config=model.config)
-        cache = fill_cache(model, empty, batch_size, prompt_len + n_new_tokens - 1)
+        cache = fill_cache(model, new_cache(model), batch_size, prompt_len + n_new_tokens - 1)
         decode(model, token, cache, 1)
     kept = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-    sizes = {
-        "baseline": baseline,
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()) / _GIB,
-        "kv_cache": sum(states.numel() * states.element_size() for states in kept) / _GIB,
-    }
-    peak = _peak()
+    weights, kv_cache = (sum(t.nbytes for t in tensors) / _GIB for tensors in (model.parameters(), kept))
+    sizes, peak = {"baseline": baseline, "weights": weights, "kv_cache": kv_cache}, _peak()
     return {"peak": peak, **sizes, "other": max(0.0, peak - sum(sizes.values()))}
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils.speed.timing import Protocol, _new_cache, _now, decode, fill_cache
+from simdiff_utils.speed.generate import Protocol, decode, fill_cache, new_cache, now
+
+_WARM_UP = 2  # untimed steps
 
 
 @torch.inference_mode()
@@ -24,39 +26,31 @@ def time_parts(models: dict[str, PreTrainedModel], protocol: Protocol, n_steps: 
         one row per model and part: model, part (the modules' names in the layer, "norms" together, "head",
         "rest": embedding, masks, cache, residual sums and Python between them), seconds (median over steps).
     """
-    token = torch.zeros(protocol.batch_size, 1, dtype=torch.long, device=next(iter(models.values())).device)
+    batch_size, device = protocol.batch_size, next(iter(models.values())).device
+    token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
     caches = {
-        name: fill_cache(model, _new_cache(model, False, 0), protocol.batch_size, protocol.prompt_len)
+        name: fill_cache(model, new_cache(model), batch_size, protocol.prompt_len)
         for name, model in models.items()
     }
     marks, steps = {name: defaultdict(list) for name in models}, defaultdict(list)
-    for _ in range(n_steps + 2):
+    for _ in range(_WARM_UP + n_steps):
         for name, model in models.items():
-            hooks = [
-                hook
-                for part, module in _parts(model)
-                for hook in _mark_around(module, marks[name][part], model)
-            ]
+            found = marks[name]
+            hooks = [hook for part, module in _parts(model) for hook in _mark_around(module, found[part])]
             try:
-                started = _mark(model)
+                started = _mark(device)
                 decode(model, token, caches[name], 1)
-                steps[name].append((started, _mark(model)))
+                steps[name].append((started, _mark(device)))
             finally:
                 for hook in hooks:
                     hook.remove()
+    now(device)  # marks on a GPU have happened
     rows = []
-    for name, model in models.items():
-        _now(model)  # marks on a GPU have happened
-        parts = {
-            part: np.array([_between(*ends) for ends in found]).reshape(n_steps + 2, -1).sum(axis=1)
-            for part, found in marks[name].items()
-        }
-        parts["rest"] = np.array([_between(*ends) for ends in steps[name]]) - sum(parts.values())
-        rows += [
-            {"model": name, "part": part, "seconds": float(np.median(values[2:]))}
-            for part, values in parts.items()
-        ]
-    return pd.DataFrame(rows)
+    for name, found in marks.items():
+        parts = {part: _seconds(ends, _WARM_UP + n_steps) for part, ends in found.items()}
+        parts["rest"] = _seconds(steps[name], _WARM_UP + n_steps) - sum(parts.values())
+        rows += [(name, part, float(np.median(values[_WARM_UP:]))) for part, values in parts.items()]
+    return pd.DataFrame(rows, columns=["model", "part", "seconds"])
 
 
 def _parts(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -69,23 +63,27 @@ def _parts(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _mark_around(module: nn.Module, found: list, model: PreTrainedModel) -> list:
-    started = []
+def _mark_around(module: nn.Module, found: list[tuple]) -> list:
+    started, device = [], next(module.parameters()).device
     return [
-        module.register_forward_pre_hook(lambda *_: started.append(_mark(model))),
-        module.register_forward_hook(lambda *_: found.append((started.pop(), _mark(model)))),
+        module.register_forward_pre_hook(lambda *_: started.append(_mark(device))),
+        module.register_forward_hook(lambda *_: found.append((started.pop(), _mark(device)))),
     ]
 
 
-def _mark(model: PreTrainedModel) -> object:
+def _mark(device: torch.device) -> object:
     """A point in time: of the processor, or in the order of what a GPU does (reading its clock would stop
     it)."""
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
-def _between(start: object, end: object) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+def _seconds(marks: list[tuple], n_steps: int) -> np.ndarray:
+    """Time between pairs of marks, summed over the layers: seconds [n_steps]."""
+    passed = [
+        end - start if isinstance(start, float) else start.elapsed_time(end) / 1000 for start, end in marks
+    ]
+    return np.reshape(passed, (n_steps, -1)).sum(axis=1)

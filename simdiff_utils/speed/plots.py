@@ -5,10 +5,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from simdiff_utils.style import COLOURS, MARKERS
+from simdiff_utils.style import look, shared_legend
 
 _PARTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"]
-_REST = "#BBBBBB"
+_MARKS = "osD^vP"
+_REST, _DARK = "#BBBBBB", "#333333"
+_BAR = dict(height=0.6, edgecolor="white")
 
 
 def plot_speed(samples: pd.DataFrame, ideals: dict[str, float]) -> Figure:
@@ -19,27 +21,19 @@ def plot_speed(samples: pd.DataFrame, ideals: dict[str, float]) -> Figure:
         samples: of one way, batch size and number of layers removed (see `measure_speed`).
         ideals: phase -> ideal speedup.
     """
-    phases = list(dict.fromkeys(samples["phase"]))
+    phases, models = list(dict.fromkeys(samples["phase"])), ["dense", "pruned"]
     figure, axes = plt.subplots(1, len(phases), figsize=(10, 3.2), squeeze=False)
     for axis, phase in zip(axes[0], phases, strict=True):
-        part = samples[samples["phase"] == phase]
-        medians = part.groupby("model", sort=False)["tokens_per_s"].median().reindex(["dense", "pruned"])
-        for y, (name, median) in enumerate(medians.items()):
-            values = part.loc[part["model"] == name, "tokens_per_s"]
-            axis.barh(y, median, color=COLOURS[name], alpha=0.35, height=0.6)
-            axis.plot(values, np.full(len(values), y), MARKERS[name], color=COLOURS[name], ms=6, mfc="white")
-        axis.axvline(medians["dense"] * ideals[phase], color="#333333", ls="--", lw=1.2)
-        axis.text(
-            medians["dense"] * ideals[phase], -0.6, f"ideal ×{ideals[phase]:.2f} ", fontsize=9, ha="right"
-        )
-        axis.set(
-            title=phase,
-            xlabel="tokens per second",
-            yticks=range(2),
-            yticklabels=list(medians.index),
-            ylim=(1.5, -0.8),
-            xlim=(0, None),
-        )
+        runs = samples[samples["phase"] == phase].groupby("model")["tokens_per_s"]
+        for y, name in enumerate(models):
+            values = runs.get_group(name)
+            axis.barh(y, values.median(), color=look(name)["color"], alpha=0.35, height=0.6)
+            axis.plot(values, np.full(len(values), y), **look(name, ls="", ms=6, mfc="white"))
+        ideal = runs.get_group("dense").median() * ideals[phase]
+        axis.axvline(ideal, color=_DARK, ls="--", lw=1.2)
+        axis.text(ideal, -0.6, f"ideal ×{ideals[phase]:.2f} ", fontsize=9, ha="right")
+        axis.set(title=phase, xlabel="tokens per second", xlim=(0, None))
+        axis.set(yticks=range(2), yticklabels=models, ylim=(1.5, -0.8))
         axis.grid(axis="y", visible=False)
     return figure
 
@@ -55,50 +49,28 @@ def plot_depth(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Fi
     """
     phases = sorted(dict.fromkeys(table["phase"]), key=lambda phase: phase != "prefill")
     labels = list(dict.fromkeys(table["label"]))
-    figure, axes = plt.subplots(
-        1, len(phases), figsize=(5.2 * len(phases) + 1.5, 3.8), squeeze=False, sharey=True
-    )
+    size = (5.2 * len(phases) + 1.5, 3.8)
+    figure, axes = plt.subplots(1, len(phases), figsize=size, squeeze=False, sharey=True)
     for axis, phase in zip(axes[0], phases, strict=True):
         for label, line in table[table["phase"] == phase].groupby("label", sort=False):
             line, number = line.sort_values("n_remove"), labels.index(label)
             share, colour = line["n_remove"] / line["n_layers"], _PARTS[number % len(_PARTS)]
             axis.plot([0, *share], [1, *line["ideal_speedup"]], color=colour, lw=1.2, ls="--")
-            aside = 0.004 * (
-                number - (len(labels) - 1) / 2
-            )  # so that intervals at the same share can be told apart
-            axis.errorbar(
-                share + aside,
-                line["speedup"],
-                [line["speedup"] - line["speedup_low"], line["speedup_high"] - line["speedup"]],
-                fmt="osD^vP"[number % 6],
-                color=colour,
-                ms=6,
-                capsize=3,
-                mfc="white",
-                label=label,
-            )
+            # a little aside, so that intervals at the same share can be told apart
+            aside = 0.004 * (number - (len(labels) - 1) / 2)
+            speedup = line["speedup"]
+            whiskers = [speedup - line["speedup_low"], line["speedup_high"] - speedup]
+            own = dict(fmt=_MARKS[number % len(_MARKS)], color=colour, ms=6, capsize=3, mfc="white")
+            axis.errorbar(share + aside, speedup, whiskers, **own, label=label)
         if published is not None and phase.startswith("decode"):
-            axis.plot(
-                published["share"],
-                published["speedup"],
-                "x",
-                color="#333333",
-                ms=7,
-                mew=1.5,
-                label="LLaMA3.1-8B on an A40 (published)",
-            )
+            cross = dict(color=_DARK, ms=7, mew=1.5, label="LLaMA3.1-8B on an A40 (published)")
+            axis.plot(published["share"], published["speedup"], "x", **cross)
         axis.axhline(1, color="#999999", lw=0.8)
         axis.set(title=phase, xlabel="share of layers removed")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes[0][0].set_ylabel("times as fast as dense\n(dashed: bound)")
-    handles = {
-        label: handle
-        for axis in axes[0]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9
-    )
+    axes[0, 0].set_ylabel("times as fast as dense\n(dashed: bound)")
+    n_entries = len(labels) + (published is not None)
+    shared_legend(figure, axes[0], loc="outside lower center", ncols=min(5, n_entries))
     return figure
 
 
@@ -109,42 +81,25 @@ def plot_step(parts: pd.DataFrame, ideals: dict[str, float]) -> Figure:
         parts: model, part, seconds (see `time_parts`).
         ideals: model -> seconds of an ideal step.
     """
-    models = list(dict.fromkeys(parts["model"]))
+    models, names = (list(dict.fromkeys(parts[column])) for column in ("model", "part"))
+    colours = {name: _PARTS[i % len(_PARTS)] for i, name in enumerate(names)} | {"rest": _REST}
+    seconds = parts.groupby(["model", "part"])["seconds"].sum()
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.7 * len(models)))
-    names = list(dict.fromkeys(parts["part"]))
     for y, model in enumerate(models):
         left = 0.0
         for name in names:
-            width = 1000 * parts.loc[(parts["model"] == model) & (parts["part"] == name), "seconds"].sum()
-            colour = _REST if name == "rest" else _PARTS[names.index(name) % len(_PARTS)]
-            axis.barh(
-                y,
-                width,
-                left=left,
-                color=colour,
-                height=0.6,
-                edgecolor="white",
-                label=name if y == 0 else None,
-            )
+            width = 1000 * seconds.get((model, name), 0.0)
+            axis.barh(y, width, left=left, color=colours[name], **_BAR, label=name)
             if width:
                 axis.text(left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=8)
             left += width
-        axis.plot(
-            [1000 * ideals[model]] * 2,
-            [y - 0.42, y + 0.42],
-            color="black",
-            lw=2.5,
-            label="bound" if y == 0 else None,
-        )
-    axis.set(
-        yticks=range(len(models)),
-        yticklabels=models,
-        xlabel="milliseconds of one decode step",
-        xlim=(0, None),
-    )
+        bound = [1000 * ideals[model]] * 2
+        axis.plot(bound, [y - 0.42, y + 0.42], color="black", lw=2.5, label="bound")
+    axis.set(yticks=range(len(models)), yticklabels=models, xlim=(0, None))
+    axis.set(xlabel="milliseconds of one decode step")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=len(names) + 1, fontsize=9)
+    shared_legend(figure, [axis], loc="outside upper center", ncols=len(names) + 1)
     return figure
 
 
@@ -157,14 +112,9 @@ def plot_memory(memory: pd.DataFrame) -> Figure:
     """
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.7 * len(memory)))
     left = np.zeros(len(memory))
-    for name, label, colour in (
-        ("weights", "weights", _PARTS[0]),
-        ("kv_cache", "KV cache", _PARTS[1]),
-        ("other", "activations and other", _REST),
-    ):
-        axis.barh(
-            memory["model"], memory[name], left=left, color=colour, height=0.6, edgecolor="white", label=label
-        )
+    labels = {"weights": "weights", "kv_cache": "KV cache", "other": "activations and other"}
+    for (name, label), colour in zip(labels.items(), (*_PARTS[:2], _REST), strict=True):
+        axis.barh(memory["model"], memory[name], left=left, color=colour, **_BAR, label=label)
         left = left + memory[name].to_numpy()
     for y, total in enumerate(left):
         axis.text(total, y, f" {total:.2f}", va="center", fontsize=9)

@@ -20,7 +20,8 @@ from simdiff_utils.settings import SpeedSettings
 from simdiff_utils.speed.bound import Work, bound_phases, ideal_seconds, measure_rates
 from simdiff_utils.speed.memory import measure_peak_memory
 from simdiff_utils.speed.parts import time_parts
-from simdiff_utils.speed.timing import PROTOCOLS, Protocol, measure_speed, without_layers
+from simdiff_utils.speed.generate import PROTOCOLS, Protocol
+from simdiff_utils.speed.timing import measure_speed, without_layers
 
 ROOM = "simdiff_utils.speed"
 GROUPS = (SpeedSettings,)
