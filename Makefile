@@ -49,29 +49,34 @@ help:  ## show this list
 	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
 	@echo "  TEXT=       embedded:wikipedia, wikitext2, a hub data set, or a text or JSONL file"
 	@echo "  K=          how many layers to remove"
-	@echo "  CRITERION=  how layers are chosen: cosine, masd, portfolio ... (all: notebook 06)"
+	@echo "  CRITERION=  how layers are chosen: cosine, masd, portfolio ... (all: CRITERIA in simdiff_utils/settings.py)"
 	@echo "  ALPHA=      auto, or a number in [0, 1]"
 	@echo "  DTYPE=      auto, float32, bfloat16 or float16"
 
 workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and show the results
 	@"$(PYTHON)" -c "$$CHECK_MACHINE" 2
 	@[[ -n "$${SIMDIFF_MODEL:-}" && -n "$${SIMDIFF_TEXT:-}" ]] || .venv/bin/python -m simdiff_utils assets
-	@.venv/bin/snakemake --quiet host progress rules reason --configfile notebooks/grids/smoke.yaml
+	@.venv/bin/snakemake --quiet host progress rules reason --configfile workflow/grids/smoke.yaml
 	@.venv/bin/python -m simdiff_utils results
 
-test: .venv/.installed  ## run all tests: units, every notebook under nbval, and tests of those tests
+# ruff first: a slip shows within a second. After each part pytest prints the tests that took longest.
+test: .venv/.installed  ## run all tests: lint, units, every notebook under nbval, and tests of those tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/python -m simdiff_utils assets
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/test_notebooks.py -m "not long" -n 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/notebooks/test_notebooks.py -m "not long" -n 2 \
+	  --dist loadfile --durations 10
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
 	set -x; \
-	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=600 --durations 5 notebooks; \
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_notebooks.py -n 2
+	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=600 --durations 10 notebooks; \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/notebooks/test_notebooks.py -n 2 --durations 10
 
 # What a package of the system is missing for is skipped, with the reason printed.
 test-slow: .venv/.installed  ## faults, a short soak, Slurm and a browser, on the real engine (slurm-wlm, munge, chromium)
 	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
-	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m long --durations 10 -n 2 --dist worksteal
+	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m long -n 2 \
+	  --dist worksteal --durations 10
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks
@@ -89,8 +94,8 @@ notebooks: .venv/.installed  ## run every notebook in place at its defaults: reg
 	  results.publish_figures(results.runs_root(), Path("figures"))'
 
 clean:  ## delete .venv and runs/ with all results (the embedded model and text stay in the user's cache)
-	rm -rf .venv runs .snakemake .pytest_cache .hypothesis build *.egg-info
-	find simdiff_utils tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	rm -rf .venv runs .snakemake .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find simdiff_utils workflow benchmarks tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # Made with the oldest Python meant, Debian 12's, since packages drop old patch releases too.
 # torch is written without its build (`+cpu`): the release is fixed, the build is what the machine's index offers.

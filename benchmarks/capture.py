@@ -40,9 +40,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = {tensor.untyped_storage().data_ptr() for tensor in taken}
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -72,10 +71,9 @@ def capture(decoder: Decoder, blocks: torch.Tensor) -> None:
 def usual(decoder: Decoder, blocks: torch.Tensor) -> None:
     """The usual way: all states of all layers (the last one after the final norm, which is wrong)."""
     for batch in blocks.split(BATCH_SIZE):
-        states = decoder_stack(decoder.model)(
-            input_ids=batch, use_cache=False, output_hidden_states=True
-        ).hidden_states
-        for before, after in zip(states, states[1:], strict=False):
+        stack = decoder_stack(decoder.model)
+        states = stack(input_ids=batch, use_cache=False, output_hidden_states=True).hidden_states
+        for before, after in itertools.pairwise(states):
             measure_tokens(before, after).sum(1)
 
 
@@ -106,10 +104,8 @@ def main(target: Path) -> None:
     for name, dtype in itertools.product(MODELS, ["float32", "bfloat16"]):
         checkpoint = checkpoints.resolve_checkpoint(name)
         decoder = Decoder(load_model(checkpoint.folder, dtype))
-        vocabulary = decoder.model.config.vocab_size
-        blocks = torch.randint(
-            0, vocabulary, (N_SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(0)
-        )
+        vocabulary, draw = decoder.model.config.vocab_size, torch.Generator().manual_seed(0)
+        blocks = torch.randint(0, vocabulary, (N_SAMPLES, SEQ_LEN), generator=draw)
         for side in SIDES.values():
             side(decoder, blocks[:BATCH_SIZE])  # first calls pick kernels
         turns = pd.DataFrame([_turn(decoder, blocks) for _ in range(N_TURNS)])
@@ -134,10 +130,8 @@ def main(target: Path) -> None:
             )
             print(rows[-1], flush=True)
     origin = provenance.provenance()
-    text = (
-        f"# python -m benchmarks.capture · {origin['machine']} · torch {torch.__version__} · "
-        f"{origin['time']}\n"
-    )
+    machine = f"{origin['machine']} · torch {torch.__version__} · {origin['time']}"
+    text = f"# python -m benchmarks.capture · {machine}\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text + pd.DataFrame(rows).to_csv(index=False), encoding="utf-8")
 

@@ -34,8 +34,8 @@ def main(target: Path) -> None:
     seq_len, n_samples = Settings().seq_len, Settings().n_samples
     text = (
         f"# python -m benchmarks.forms · calibration {n_samples} x {seq_len}, validation "
-        f"{SHARED['n_validation']} x {seq_len}, test {SHARED['n_test']} x {seq_len} tokens of English Wikipedia, "
-        f"about a hundred articles; {SHARED['dtype']}\n"
+        f"{SHARED['n_validation']} x {seq_len}, test {SHARED['n_test']} x {seq_len} tokens of English "
+        f"Wikipedia, about a hundred articles; {SHARED['dtype']}\n"
         f"# {provenance.describe_machine()} · torch {torch.__version__}\n"
     )
     target.parent.mkdir(parents=True, exist_ok=True)

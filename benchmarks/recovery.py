@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,7 +42,7 @@ from simdiff_utils.settings import Settings
 from simdiff_utils.text.blocks import token_blocks
 from simdiff_utils.text.corpus import load_wikitext2_test
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, KEY = Path(__file__).parent / "results", ["case", "rung"]
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 CASES = {
     "smollm2-6": (SMOLLM2, 6),
@@ -77,9 +78,8 @@ def open_run(case: str, data: Path) -> Ladder:
     model, n_remove = CASES[case]
     settings = dict(model=model, n_remove=n_remove, **SHARED)
     if case == "alpaca":
-        settings |= dict(
-            preset="published", train_data=str(data / "alpaca" / "alpaca_5000.jsonl.gz"), max_steps=0
-        )
+        rows = str(data / "alpaca" / "alpaca_5000.jsonl.gz")
+        settings |= dict(preset="published", train_data=rows, max_steps=0)
     return Ladder(Settings(**settings))
 
 
@@ -95,45 +95,28 @@ def climb(case: str, rungs: list[str], data: Path) -> None:
         "machine": provenance.describe_machine(),
         "torch": torch.__version__,
     }
+    sets = {"dense": frozenset(), "pruned": run.removed()}
     baselines = {
         name: perplexity(block_losses(run.decoder, windows, (removed,), batch_size=1)[0])
-        for name, removed in (("dense", frozenset()), ("pruned", run.removed()))
+        for name, removed in sets.items()
     }
-    held_out = {
-        f"{name}_loss": run.losses("validation", removed).mean()
-        for name, removed in (("dense", frozenset()), ("pruned", run.removed()))
-    }
+    held_out = {f"{name}_loss": run.losses("validation", removed).mean() for name, removed in sets.items()}
+    lost = np.log(baselines["pruned"] / baselines["dense"])
     for name in rungs:
-        rung = run.rung(*RUNGS[name])
-        table = run.compare_rungs([RUNGS[name]])
-        wikitext2 = (
-            baselines["pruned"]
-            if name == "pruned"
-            else perplexity(
-                block_losses(Decoder(load_model(rung.without_copy(), "float32")), windows, batch_size=1)[0]
-            )
-        )
-        add({"rung": "dense", "wikitext2_perplexity": baselines["dense"]} | table.iloc[0].to_dict() | facts)
-        add(
-            table.iloc[-1].to_dict()
-            | {
-                "rung": name,
-                "wikitext2_perplexity": wikitext2,
-                "wikitext2_share": 1
-                - (np.log(wikitext2 / baselines["dense"]) / np.log(baselines["pruned"] / baselines["dense"])),
-            }
-            | facts
-        )
+        rung, table = run.rung(*RUNGS[name]), run.compare_rungs([RUNGS[name]])
+        wikitext2 = baselines["pruned"]
+        if name != "pruned":
+            healed = Decoder(load_model(rung.without_copy(), "float32"))
+            wikitext2 = perplexity(block_losses(healed, windows, batch_size=1)[0])
+        dense, last = table.iloc[0].to_dict(), table.iloc[-1].to_dict()
+        share = 1 - np.log(wikitext2 / baselines["dense"]) / lost
+        add({"rung": "dense", "wikitext2_perplexity": baselines["dense"]} | dense | facts)
+        add(last | {"rung": name, "wikitext2_perplexity": wikitext2, "wikitext2_share": share} | facts)
         if rung.settings.training != "none":
             log = pd.read_csv(rung.recovery() / "log.csv").dropna(subset=["eval_loss"])
-            log["tokens"] += (
-                table["n_tokens"].iloc[-1] - log["tokens"].iloc[-1]
-            )  # those that a repair before it has seen
-            add_rows(
-                log[["step", "tokens", "eval_loss", "seconds"]].assign(**held_out, case=case, rung=name),
-                RESULTS / "recovery_curves.csv",
-                ["case", "rung"],
-            )
+            log["tokens"] += last["n_tokens"] - log["tokens"].iloc[-1]  # those of a repair before it
+            curve = log[["step", "tokens", "eval_loss", "seconds"]].assign(**held_out, case=case, rung=name)
+            add_rows(curve, RESULTS / "recovery_curves.csv", KEY)
 
 
 def ask(case: str, rungs: list[str], data: Path) -> None:
@@ -152,78 +135,62 @@ def ask(case: str, rungs: list[str], data: Path) -> None:
             identity={"weights": resolve_checkpoint(str(folder)).sha256, "dtype": TASK_DTYPE},
         )
         average = average_accuracy(scores).iloc[0]
-        accuracies = scores[scores["metric"] == "acc"].set_index("task")["value"].to_dict()
-        row = {
-            "case": case,
-            "rung": name,
-            average["metric"]: average["value"],
-            "stderr": average["stderr"],
-        } | accuracies
-        row |= {
-            "limit": N_QUESTIONS,
-            "dtype": TASK_DTYPE,
-            "machine": provenance.describe_machine(),
-            "torch": torch.__version__,
-        }
-        add_rows(pd.DataFrame([row]), RESULTS / "recovery_tasks.csv", ["case", "rung"])
+        row = {"case": case, "rung": name, average["metric"]: average["value"], "stderr": average["stderr"]}
+        row |= scores[scores["metric"] == "acc"].set_index("task")["value"].to_dict()
+        row |= {"limit": N_QUESTIONS, "dtype": TASK_DTYPE, "machine": provenance.describe_machine()}
+        add_rows(pd.DataFrame([row | {"torch": torch.__version__}]), RESULTS / "recovery_tasks.csv", KEY)
         print(row, flush=True)
 
 
 def add(row: dict) -> None:
-    add_rows(pd.DataFrame([row]), RESULTS / "recovery.csv", ["case", "rung"])
+    add_rows(pd.DataFrame([row]), RESULTS / "recovery.csv", KEY)
     print(row, flush=True)
 
 
 def add_rows(rows: pd.DataFrame, path: Path, key: list[str]) -> None:
     """Put rows into a table in the place of those with the same key."""
     if path.exists():
-        old = pd.read_csv(path)
-        new = set(rows[key].itertuples(index=False, name=None))
-        rows = pd.concat(
-            [old[[pair not in new for pair in old[key].itertuples(index=False, name=None)]], rows]
-        )
+        old, new = pd.read_csv(path), set(rows[key].itertuples(index=False, name=None))
+        stays = [pair not in new for pair in old[key].itertuples(index=False, name=None)]
+        rows = pd.concat([old[stays], rows])
     with write_whole(path) as partial:
         rows.to_csv(partial, index=False, float_format="%.6g")
 
 
 def measure_overhead(n_pairs: int = 5) -> None:
     """Seconds of 16 steps in our loop over those in a bare one, in turn."""
-    run = Ladder(
-        Settings(
-            model=SMOLLM2, n_remove=6, max_steps=16, **{k: v for k, v in SHARED.items() if k != "max_steps"}
-        )
-    )
+    run = Ladder(Settings(**SHARED | dict(model=SMOLLM2, n_remove=6, max_steps=16)))
     rows, recipe, ratios = run.training_rows(), run.recipe, []
     rows.validation.clear()
+
+    def ours(model: torch.nn.Module, folder: str) -> None:
+        train_lora(model, run.tokenizer, rows, recipe, Path(folder), torch.float32, 0)
+
+    def bare(model: torch.nn.Module, folder: str) -> None:
+        collate = partial(pad_rows, pad_token_id=pad_token_id(run.tokenizer))
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=recipe.max_steps,
+            learning_rate=recipe.learning_rate,
+            use_cpu=True,
+            per_device_train_batch_size=recipe.micro_batch_size,
+            gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
+            report_to="none",
+            save_strategy="no",
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+        model = get_peft_model(model, lora_config(model, recipe))
+        Trainer(model=model, args=args, train_dataset=rows.train, data_collator=collate).train()
+
     for _ in range(n_pairs):
         seconds = {}
-        for name in ("bare", "ours"):
+        for train in (bare, ours):
             model = load_model(run.pruned_checkpoint(), "float32")
             with TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                if name == "ours":
-                    train_lora(model, run.tokenizer, rows, recipe, Path(folder), torch.float32, 0)
-                else:
-                    pad = pad_token_id(run.tokenizer)
-                    args = TrainingArguments(
-                        output_dir=folder,
-                        max_steps=recipe.max_steps,
-                        learning_rate=recipe.learning_rate,
-                        use_cpu=True,
-                        per_device_train_batch_size=recipe.micro_batch_size,
-                        report_to="none",
-                        save_strategy="no",
-                        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
-                        remove_unused_columns=False,
-                        label_names=["labels"],
-                    )
-                    Trainer(
-                        model=get_peft_model(model, lora_config(model, recipe)),
-                        args=args,
-                        train_dataset=rows.train,
-                        data_collator=lambda batch: pad_rows(batch, pad),
-                    ).train()
-                seconds[name] = time.perf_counter() - started
+                train(model, folder)
+                seconds[train.__name__] = time.perf_counter() - started
         ratios.append(seconds["ours"] / seconds["bare"])
         print(f"{seconds}, ratio {ratios[-1]:.3f}", flush=True)
     print(
@@ -241,9 +208,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "overhead":
         measure_overhead()
-    else:
-        measure = ask if given.tasks else climb
-        measure(given.what, given.rungs or (["lora"] if given.what == "alpaca" else list(RUNGS)), given.data)
+        return
+    rungs = given.rungs or (["lora"] if given.what == "alpaca" else list(RUNGS))
+    (ask if given.tasks else climb)(given.what, rungs, given.data)
 
 
 if __name__ == "__main__":

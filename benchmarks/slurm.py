@@ -11,18 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slurm_cluster import start_cluster, why_not
-from soak import Grid, make_inputs
+from benchmarks.slurm_cluster import start_cluster, why_not
+from benchmarks.soak import Grid, make_inputs
 
-SLURM = (
-    "--workflow-profile",
-    "notebooks/grids/slurm",
-    "--slurm-status-command",
-    "squeue",
-    "--slurm-no-account",
-    "--slurm-init-seconds-before-status-checks",
-    "2",
-)
+_PROFILE = "--workflow-profile workflow/profiles/slurm --slurm-status-command squeue --slurm-no-account"
+SLURM = (*_PROFILE.split(), "--slurm-init-seconds-before-status-checks", "2")
 CRITERIA, NUMBERS = ("cosine", "mssd", "masd", "relative"), (1, 2, 3, 4)
 
 
@@ -37,12 +30,8 @@ def make_grid(
     grid = Grid(folder, models[0], text)
     for name in ("recovery", "max_steps", "micro_batch_size", "max_length", "learning_rate"):
         del grid.settings[name]
-    grid.settings |= {
-        "model": listed(models),
-        "criterion": listed(criteria),
-        "n_remove": listed(numbers),
-        "n_remove_grid": listed(numbers),
-    }
+    grid.settings |= {"model": listed(models), "criterion": listed(criteria)}
+    grid.settings |= {"n_remove": listed(numbers), "n_remove_grid": listed(numbers)}
     return grid
 
 
@@ -62,14 +51,11 @@ def main() -> None:
             slurm = make_grid(folder / "slurm", models, text, CRITERIA, NUMBERS)
             slurm.finish(*SLURM)
         mine, theirs = local.tables(), slurm.tables()
-        differ = [
-            name
-            for name in mine.keys() | theirs.keys()
-            if name not in mine or name not in theirs or not mine[name].equals(theirs[name])
-        ]
+        alike = {name for name in mine.keys() & theirs.keys() if mine[name].equals(theirs[name])}
+        differ = sorted((mine.keys() | theirs.keys()) - alike)
         print(
-            f"{len(local.results())} notebook runs locally, {len(slurm.results())} on Slurm; {len(mine)} tables compared, "
-            f"{len(differ)} differ{': ' if differ else ''}{', '.join(differ)}"
+            f"{len(local.results())} notebook runs locally, {len(slurm.results())} on Slurm; "
+            f"{len(mine)} tables compared, {len(differ)} differ{': ' if differ else ''}{', '.join(differ)}"
         )
         sys.exit(bool(differ))
 

@@ -41,34 +41,28 @@ def start_cluster(folder: Path) -> Iterator[None]:
     host = socket.gethostname().split(".")[0]
     memory_mb = psutil.virtual_memory().total // 2**20
     CONFIGURATION.parent.mkdir(parents=True, exist_ok=True)
-    CONFIGURATION.write_text(
-        "\n".join(
-            [
-                MARK,
-                "ClusterName=simdiff",
-                f"SlurmctldHost={host}(127.0.0.1)",
-                "SlurmUser=root",
-                "AuthType=auth/munge",
-                "ProctrackType=proctrack/linuxproc",
-                "TaskPlugin=task/none",
-                "MpiDefault=none",
-                "MinJobAge=86400",
-                "ReturnToService=2",
-                "SelectType=select/cons_tres",
-                "SelectTypeParameters=CR_CPU_Memory",
-                "SchedulerParameters=sched_interval=2",
-                f"StateSaveLocation={folder}/state",
-                f"SlurmdSpoolDir={folder}/spool",
-                f"SlurmctldPidFile={folder}/slurmctld.pid",
-                f"SlurmdPidFile={folder}/slurmd.pid",
-                f"SlurmctldLogFile={folder}/slurmctld.log",
-                f"SlurmdLogFile={folder}/slurmd.log",
-                f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory={memory_mb} State=UNKNOWN",
-                "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
-                "",
-            ]
-        )
-    )
+    CONFIGURATION.write_text(f"""{MARK}
+ClusterName=simdiff
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+MinJobAge=86400
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SchedulerParameters=sched_interval=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory={memory_mb} State=UNKNOWN
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
     try:
         if subprocess.run(["munge", "-n"], capture_output=True).returncode:
             run = Path("/run/munge")
@@ -92,18 +86,15 @@ def stop_cluster() -> None:
     """Stop the daemons of a cluster of ours, and take its configuration away."""
     if not CONFIGURATION.exists() or MARK not in CONFIGURATION.read_text():
         return
-    ours = [
-        process
-        for process in psutil.process_iter(["name"])
-        if process.info["name"] in (*DAEMONS, "slurmstepd")
-    ]
+    names = (*DAEMONS, "slurmstepd")
+    ours = [process for process in psutil.process_iter(["name"]) if process.info["name"] in names]
     for process in ours:
         process.send_signal(signal.SIGKILL)
     psutil.wait_procs(ours, timeout=10)
     CONFIGURATION.unlink()
 
 
-if __name__ == "__main__":  # python tests/slurm_cluster.py COMMAND ...: run a command while a cluster is up
+if __name__ == "__main__":  # python -m benchmarks.slurm_cluster COMMAND ...: run it while a cluster is up
     import tempfile
 
     if reason := why_not():

@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -93,25 +95,22 @@ class Grid:
             raise RuntimeError(f"the grid did not get through:\n{said}")
         return said
 
-    # ---- what is going on ------------------------------------------------------------------------
+    # ---- what is going on
 
     def phase(self) -> str | None:
         """What a notebook is doing, by what lies in the run folder: one of PHASES, or None for anything
         else."""
         models = [path for path in self.folder.glob("*") if path.name != "batch"]
-        if any(
-            found
-            for path in models
-            for half in (".partial-*/*/.partial-*", ".partial-*/*/model")
-            for found in path.glob(half)
-        ):
+
+        def found(*patterns: str) -> list[Path]:
+            return [path for model in models for pattern in patterns for path in model.glob(pattern)]
+
+        if found(".partial-*/*/.partial-*", ".partial-*/*/model"):
             return "checkpoint"  # being written, or written and being read again to be compared
-        if any(found for path in models for found in path.glob(".partial-*/capture-*")):
+        if found(".partial-*/capture-*"):
             return "capture"
-        begun = [found for path in models for found in path.glob("training-*/*.json")]
-        if any(found.stat().st_mtime > self.started for found in begun if found.exists()):
-            return "training"
-        return None
+        steps = [path for path in found("training-*/*.json") if path.exists()]
+        return "training" if any(path.stat().st_mtime > self.started for path in steps) else None
 
     def passed(self, phase: str) -> bool:
         """Whether a phase of PHASES will not come any more."""
@@ -155,7 +154,7 @@ class Grid:
             self.process.communicate()
         return bool(chosen)
 
-    # ---- what is there ---------------------------------------------------------------------------
+    # ---- what is there
 
     def results(self) -> dict[str, int]:
         """Result file -> when it was written (ns)."""
@@ -172,19 +171,12 @@ class Grid:
 
     def half_done(self) -> list[str]:
         """What looks done and is not."""
-        stages = [
-            path
-            for path in self.folder.glob("*/*-*")
-            if path.is_dir()
-            and (path / "result.json").exists()
-            and not path.name[0].isdigit()
-            and path.parent.name != "batch"
+        results = self.folder.glob("batch/*/[0-9]*.json")
+        kept = [path.parent for path in self.folder.glob("*/*-*/result.json")]
+        stages = [path for path in kept if path.parent.name != "batch" and not path.name[0].isdigit()]
+        return [f"{path} is no whole result" for path in results if not read_kept(path)] + [
+            f"{path} is not sound" for path in stages if not is_sound(path)
         ]
-        return [
-            f"{path} is no whole result"
-            for path in self.folder.glob("batch/*/[0-9]*.json")
-            if not read_kept(path)
-        ] + [f"{path} is not sound" for path in stages if not is_sound(path)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table that the notebooks wrote, without the columns that hold times, and without 05, which
@@ -192,19 +184,16 @@ class Grid:
         found = {}
         for path in sorted(self.folder.glob("*/0[!5]*/*.csv")):
             table = pd.read_csv(path)
-            found[path.relative_to(self.folder).as_posix()] = table[
-                [c for c in table.columns if not any(word in c for word in TIMES)]
-            ]
+            columns = [c for c in table.columns if not any(word in c for word in TIMES)]
+            found[path.relative_to(self.folder).as_posix()] = table[columns]
         return found
 
     def equals(self, other: "Grid") -> bool:
         """The same tables with the same content."""
         mine, theirs = self.tables(), other.tables()
-        return (
-            bool(mine)
-            and mine.keys() == theirs.keys()
-            and all(mine[name].equals(theirs[name]) for name in mine)
-        )
+        if not mine or mine.keys() != theirs.keys():
+            return False
+        return all(mine[name].equals(theirs[name]) for name in mine)
 
 
 def _is_kernel(process: psutil.Process) -> bool:
@@ -229,74 +218,91 @@ def make_inputs(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     """A random model of 6 layers, large enough that its phases last a moment, and a text that its tokenizer
     knows."""
     model, text = folder / "model", folder / "rows.txt"
-    build_tiny(
-        "llama", seed, hidden_size=128, intermediate_size=512, max_position_embeddings=128
-    ).save_pretrained(model)
+    sizes = dict(hidden_size=128, intermediate_size=512, max_position_embeddings=128)
+    build_tiny("llama", seed, **sizes).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     rows = [" ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(120)) for i in range(120)]
     text.write_text("\n\n".join(rows), encoding="utf-8")
     return model, text
 
 
-def soak(n_kills: int, per_phase: int, seed: int, folder: Path, output: Path) -> pd.DataFrame:
+def soak(
+    n_kills: int, per_phase: int, seed: int, undisturbed: Grid, folder: Path, output: Path
+) -> pd.DataFrame:
     """Kill until there were enough; a row per kill, written after each grid, so that a soak that was stopped
-    goes on."""
-    model, text = make_inputs(folder)
-    undisturbed = Grid(folder / "undisturbed", model, text)
-    undisturbed.finish()
+    goes on.
+
+    Args:
+        n_kills: at least.
+        per_phase: at least as many kills in each of PHASES.
+        seed: of what is killed, and when.
+        undisturbed: a finished grid, whose tables every other has to give.
+        folder: where the others are made, and taken away.
+        output: the CSV.
+    """
+    inputs = undisturbed.settings["model"], undisturbed.settings["text"]
     rows = pd.read_csv(output).to_dict("records") if output.exists() else []
-    draw, n_grids = random.Random(seed + len(rows)), 1 + max([row["grid"] for row in rows], default=0)
-    counts = Counter(row["phase"] for row in rows)
+    draw, first = random.Random(seed + len(rows)), 1 + max([row["grid"] for row in rows], default=0)
+
+    def enough() -> bool:
+        counts = Counter(row["phase"] for row in rows)
+        return len(rows) >= n_kills and min(counts[phase] for phase in PHASES) >= per_phase
+
     with tqdm(total=n_kills, initial=len(rows), desc="kills", unit="kill") as bar:
-        while len(rows) < n_kills or min(counts[phase] for phase in PHASES) < per_phase:
-            grid, killed_here, before = Grid(folder / f"grid-{n_grids}", model, text), [], []
-            while True:
-                if grid.process is None or grid.process.poll() is not None:
-                    grid.start()
-                ahead = [phase for phase in PHASES if not grid.passed(phase)]
-                enough = len(killed_here) >= 12 or (
-                    len(rows) >= n_kills and min(counts[p] for p in PHASES) >= per_phase
-                )
-                wanted = min(ahead, key=lambda p: counts[p]) if ahead and draw.random() < 0.8 else None
-                delay = draw.uniform(
-                    0, {"capture": 0.5, "training": 0.5, "checkpoint": 0.005}.get(wanted, 10)
-                )
-                if enough or not grid.wait_for(wanted, delay):
-                    said, _ = grid.process.communicate()
-                    if not grid.process.returncode:
-                        break
-                    if not killed_here or killed_here[-1]["victim"] != "kernel":
-                        raise RuntimeError(f"the grid stopped by itself:\n{said}")
-                    continue  # a second kernel was killed in the same run, which gives up then
+        for number in count(first):
+            if enough():
+                return pd.DataFrame(rows)
+            grid, before = Grid(folder / f"grid-{number}", *inputs), []
+            while len(before) < 12 and not enough() and _go_on(grid, draw, rows, bool(before)):
                 seen, there = grid.phase(), grid.finished()
-                victim = draw.choice(VICTIMS)
+                victim = _least(VICTIMS, [row["victim"] for row in rows], draw)
                 if not grid.kill(victim):
                     continue
-                rows.append(
-                    {
-                        "kill": len(rows) + 1,
-                        "grid": n_grids,
-                        "phase": seen or "other",
-                        "victim": victim,
-                        "after_seconds": round(time.time() - grid.started, 1),
-                        "half_done": len(grid.half_done()),
-                        "redone": 0,
-                        "went_on": "",
-                    }
-                )
-                counts[rows[-1]["phase"]] += 1
-                killed_here.append(rows[-1])
+                row = {"kill": len(rows) + 1, "grid": number, "phase": seen or "other", "victim": victim}
+                after = round(time.time() - grid.started, 1)
+                rows.append(row | {"after_seconds": after, "half_done": len(grid.half_done())})
                 before.append(there)
                 bar.update()
-            equal = grid.equals(undisturbed)
-            final = grid.results()
-            for row, there in zip(killed_here, before, strict=True):
+            _finish(grid)
+            final, equal = grid.results(), grid.equals(undisturbed)
+            for row, there in zip(rows[len(rows) - len(before) :], before, strict=True):
                 row["redone"] = sum(final[name] != at for name, at in there.items())
                 row["went_on"] = "equal" if equal else "different"
-            n_grids += 1
             shutil.rmtree(grid.folder)
             pd.DataFrame(rows).to_csv(output, index=False)
-    return pd.DataFrame(rows)
+
+
+def _go_on(grid: Grid, draw: random.Random, rows: list[dict], killed: bool) -> bool:
+    """Run a grid until the next moment to kill; False where it got through before that."""
+    while True:
+        if grid.process is None or grid.process.poll() is not None:
+            grid.start()
+        ahead = [phase for phase in PHASES if not grid.passed(phase)]
+        wanted = None  # any moment
+        if ahead and draw.random() < 0.8:
+            wanted = _least(ahead, [row["phase"] for row in rows], draw)
+        longest = {"capture": 0.5, "training": 0.5, "checkpoint": 0.005, None: 10}[wanted]
+        if grid.wait_for(wanted, draw.uniform(0, longest)):
+            return True
+        said, _ = grid.process.communicate()
+        if not grid.process.returncode:
+            return False
+        # a second kernel that is killed in the same run makes that give up
+        if not killed or rows[-1]["victim"] != "kernel":
+            raise RuntimeError(f"the grid stopped by itself:\n{said}")
+
+
+def _least(words: Sequence[str], so_far: list[str], draw: random.Random) -> str:
+    """A word that came least often so far."""
+    return min(words, key=lambda word: (so_far.count(word), draw.random()))
+
+
+def _finish(grid: Grid) -> None:
+    """Let a grid get through: as it runs, or started again."""
+    if grid.process.poll() is None:
+        grid.process.communicate()
+    if grid.process.returncode:
+        grid.finish()
 
 
 def tally(log: pd.DataFrame) -> pd.DataFrame:
@@ -318,8 +324,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        log = soak(given.kills, given.per_phase, given.seed, Path(folder), given.output)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        undisturbed = Grid(folder / "undisturbed", *make_inputs(folder))
+        undisturbed.finish()
+        log = soak(given.kills, given.per_phase, given.seed, undisturbed, folder, given.output)
     table = tally(log)
     table.to_csv(given.output.with_name("faults.csv"), index=False)
     print(table.to_string(index=False))

@@ -3,8 +3,8 @@
     python -m benchmarks.speed smollm2 gemma qwen2.5-0.5b [--protocols interactive prefill] [--pairs 5]
     python -m benchmarks.speed self
     python -m benchmarks.speed llama3.1-8b --compiled --dtype bfloat16 --protocols paper --removed 12
-    python -m benchmarks.speed llama3.1-8b --compiled --dtype bfloat16 --protocols paper --removed 4 6 8 10
-    --steps 8
+    python -m benchmarks.speed llama3.1-8b --compiled --dtype bfloat16 --protocols paper --removed 4 6 8 10 \\
+        --steps 8
 
 `self` times a model against itself: every ratio has to be 1.00 within its interval. A shape has random
 weights, made on the device; of speed they say the same. The pruned models share the dense one's weights.
@@ -18,6 +18,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +28,7 @@ import transformers
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import decoder_layers, load_model, pick_device, pick_dtype
 from simdiff_utils.files import write_whole
+from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.shapes import SHAPES, random_model
 from simdiff_utils.provenance import describe_machine
 from simdiff_utils.speed.bound import Rates, Work, bound_phases, ideal_seconds, measure_rates
@@ -40,8 +42,6 @@ CASE = ["label", "protocol", "batch_size", "way", "n_timed_steps", "machine"]
 def load(case: str, dtype: torch.dtype) -> torch.nn.Module:
     if case not in EMBEDDED:
         return random_model(case, dtype)
-    from simdiff_utils.models.checkpoints import resolve_checkpoint
-
     return load_model(resolve_checkpoint(EMBEDDED[case]).folder, str(dtype).removeprefix("torch."))
 
 
@@ -68,36 +68,26 @@ def measure(case: str, given: argparse.Namespace) -> None:
         transformers=transformers.__version__,
     )
     rates = measure_rates(device, dtype)
-    print(
-        f"{label}, {facts['dtype']}, {machine}: {rates.bandwidth / 1e9:.1f} GB/s, {rates.matrix_rate / 1e9:.0f} GFLOP/s"
-    )
+    rate = f"{rates.bandwidth / 1e9:.1f} GB/s, {rates.matrix_rate / 1e9:.0f} GFLOP/s"
+    print(f"{label}, {facts['dtype']}, {machine}: {rate}")
+    facts |= dict(bandwidth=rates.bandwidth, matrix_rate=rates.matrix_rate, n_timed_steps=given.steps)
+    ways = {"eager": False, "compiled": True} if given.compiled else {"eager": False}
     for name in given.protocols:
-        for batch_size in given.batches or [PROTOCOLS[name].batch_size]:
+        for batch_size, way in product(given.batches or [PROTOCOLS[name].batch_size], ways):
             protocol = replace(PROTOCOLS[name], batch_size=batch_size, n_timed_steps=given.steps)
-            for compiled in (False, True) if given.compiled else (False,):
-                here = facts | dict(
-                    protocol=name,
-                    n_timed_steps=given.steps,
-                    bandwidth=rates.bandwidth,
-                    matrix_rate=rates.matrix_rate,
-                )
-                key = here | dict(batch_size=batch_size, way="compiled" if compiled else "eager")
-                todo = [n for n in removed if given.again or not is_there(key, n, given.figures / DEPTH)]
-                if not todo:
-                    continue
-                with ExitStack() as stack:  # the pruned models share the dense one's weights
-                    pruned = {
-                        lacking: stack.enter_context(without_layers(dense, lacking))
-                        for lacking in (spread(n_layers, n) for n in todo)
-                    }
-                    samples = measure_speed(dense, pruned, protocol, given.pairs, compiled)
-                    bounds = pd.concat(
-                        [
-                            bound_phases(model, protocol).assign(n_remove=len(lacking))
-                            for lacking, model in ({frozenset(): dense} | pruned).items()
-                        ]
-                    )
-                write(samples, bounds, rates, here, given.figures)
+            key = facts | dict(protocol=name, batch_size=batch_size, way=way)
+            todo = [n for n in removed if given.again or not is_there(key, n, given.figures / DEPTH)]
+            if not todo:
+                continue
+            with ExitStack() as stack:  # the pruned models share the dense one's weights
+                pruned = {
+                    lacking: stack.enter_context(without_layers(dense, lacking))
+                    for lacking in (spread(n_layers, n) for n in todo)
+                }
+                samples = measure_speed(dense, pruned, protocol, given.pairs, ways[way])
+                models = {frozenset(): dense} | pruned
+                bounds = [bound_phases(m, protocol).assign(n_remove=len(s)) for s, m in models.items()]
+            write(samples, pd.concat(bounds), rates, facts | {"protocol": name}, given.figures)
 
 
 def is_there(key: dict, n_remove: int, path: Path) -> bool:
@@ -109,46 +99,27 @@ def is_there(key: dict, n_remove: int, path: Path) -> bool:
 
 
 def write(samples: pd.DataFrame, bounds: pd.DataFrame, rates: Rates, here: dict, figures: Path) -> None:
-    bounds = bounds.assign(
-        ideal_seconds=[
-            ideal_seconds(Work(row.weight_bytes, row.kv_bytes, row.operations), rates) * row.n_passes
-            for row in bounds.itertuples()
-        ]
-    ).set_index(["phase", "n_remove"])
+    ideal = {
+        (row.phase, row.n_remove): row.n_passes
+        * ideal_seconds(Work(row.weight_bytes, row.kv_bytes, row.operations), rates)
+        for row in bounds.itertuples()
+    }
     table = summarise_speed(samples)
-    table["ideal_seconds"] = [
-        bounds.loc[(row.phase, row.n_remove), "ideal_seconds"] for row in table.itertuples()
-    ]
-    table["ideal_speedup"] = [
-        bounds.loc[(row.phase, 0), "ideal_seconds"] / row.ideal_seconds for row in table.itertuples()
-    ]
+    here_and_dense = [((row.phase, row.n_remove), (row.phase, 0)) for row in table.itertuples()]
+    table["ideal_seconds"] = [ideal[one] for one, _ in here_and_dense]
+    table["ideal_speedup"] = [ideal[dense] / ideal[one] for one, dense in here_and_dense]
     table["share_of_bound"] = table["ideal_seconds"] / table["seconds"]
-    table["together"] = samples["together"] = " ".join(
-        map(str, sorted(set(samples["n_remove"])))
-    )  # timed in turns
-    print(
-        table[
-            [
-                *KEYS,
-                "tokens_per_s",
-                "speedup",
-                "speedup_low",
-                "speedup_high",
-                "ideal_speedup",
-                "share_of_bound",
-            ]
-        ].to_string(index=False),
-        flush=True,
-    )
+    together = " ".join(map(str, sorted(set(samples["n_remove"]))))  # timed in turns
+    table["together"] = samples["together"] = together
+    shown = ["tokens_per_s", "speedup", "speedup_low", "speedup_high", "ideal_speedup", "share_of_bound"]
+    print(table[[*KEYS, *shown]].to_string(index=False), flush=True)
     for name, rows in ((SAMPLES, samples), (DEPTH, table)):
         path, rows = figures / name, rows.assign(**here)
         if path.exists():
-            old = pd.read_csv(path)
-            key = [*CASE, "together"]
+            old, key = pd.read_csv(path), [*CASE, "together"]
             new = set(rows[key].astype(str).itertuples(index=False, name=None))
-            rows = pd.concat(
-                [old[[k not in new for k in old[key].astype(str).itertuples(index=False, name=None)]], rows]
-            )
+            stays = [k not in new for k in old[key].astype(str).itertuples(index=False, name=None)]
+            rows = pd.concat([old[stays], rows])
         with write_whole(path) as partial:
             rows.to_csv(partial, index=False, float_format="%.6g")
 
@@ -163,7 +134,8 @@ def measure_self(given: argparse.Namespace) -> None:
     print(table[["phase", "n_pairs", "speedup", "speedup_low", "speedup_high"]].to_string(index=False))
     if not ((table["speedup_low"] <= 1) & (table["speedup_high"] >= 1)).all():
         sys.exit(
-            "A model timed against itself is not 1.00 within its interval: the machine is busy, or the clock unfair."
+            "A model timed against itself is not 1.00 within its interval: the machine is busy, or the clock "
+            "unfair."
         )
 
 

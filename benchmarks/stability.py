@@ -42,41 +42,27 @@ def variations(texts: list[str]) -> list[tuple[str, str, dict]]:
     ]
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-    return middle, low, high
-
-
 def against(
     one: LayerStatistics, other: LayerStatistics, paired: bool, criterion: str, n_remove: int, alpha: float
 ) -> dict:
     """Agreement of two captures; `paired`: they hold the same samples, which are then drawn together."""
     rng = np.random.default_rng(0)
+
+    def agreement(samples: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+        """Kendall's tau and the overlap of the chosen sets, on the samples drawn of each."""
+        tables = one.table_of(samples), other.table_of(others)
+        return agree(*(rank_scores(table, criterion, alpha) for table in tables), n_remove)
+
     found = []
     for _ in range(N_DRAWS):
         samples = rng.integers(one.n_samples, size=one.n_samples)
         others = samples if paired else rng.integers(other.n_samples, size=other.n_samples)
-        found.append(
-            agree(
-                *(
-                    rank_scores(captured.table_of(drawn), criterion, alpha)
-                    for captured, drawn in ((one, samples), (other, others))
-                ),
-                n_remove,
-            )
-        )
+        found.append(agreement(samples, others))
+    whole = agreement(np.arange(one.n_samples), np.arange(other.n_samples))
     row = {}
-    for name, values, whole in zip(
-        ("kendall_tau", "overlap"),
-        zip(*found, strict=True),
-        agree(
-            *(rank_scores(c.table_of(np.arange(c.n_samples)), criterion, alpha) for c in (one, other)),
-            n_remove,
-        ),
-        strict=True,
-    ):
-        _, low, high = quantiles(values)
-        row |= {name: whole, f"{name}_low": low, f"{name}_high": high}
+    for name, value, drawn in zip(("kendall_tau", "overlap"), whole, zip(*found, strict=True), strict=True):
+        low, high = np.quantile(drawn, [0.05, 0.95])
+        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
     raw = STATISTICS.index(RAW[criterion])
     here, there = (c.by_sample[raw].mean(1) for c in (one, other))
     return row | {"largest_change": float(np.abs(here / there - 1).max())}
@@ -115,33 +101,22 @@ def measure(model: str, n_remove: int, texts: list[str]) -> list[dict]:
         table = measure_stability(reference, {criterion: alphas[criterion]}, n_remove, SIZES, N_DRAWS)
         for size, part in table.groupby("n_samples"):
             part = part.set_index("quantity")
-            add(
-                "samples",
-                size,
-                criterion,
-                alpha=alphas[criterion],
-                **{
-                    f"{quantity}{end}": part.loc[quantity, column]
-                    for quantity in ("kendall_tau", "overlap")
-                    for end, column in (("", "median"), ("_low", "low"), ("_high", "high"))
-                },
-            )
-    same = Run(
-        Settings(**vars(base) | {"n_samples": 128})
-    ).statistics()  # the samples of bfloat16, in float32
+            facts = {
+                f"{quantity}{end}": part.loc[quantity, column]
+                for quantity in ("kendall_tau", "overlap")
+                for end, column in (("", "median"), ("_low", "low"), ("_high", "high"))
+            }
+            add("samples", size, criterion, alpha=alphas[criterion], **facts)
+    # the samples of bfloat16, in float32
+    same = Run(Settings(**vars(base) | {"n_samples": 128})).statistics()
     for varied, value, differing in variations(texts):
         captured = Run(Settings(**vars(base) | differing)).statistics()
         paired = varied == "dtype"
         for criterion in CRITERIA:
-            add(
-                varied,
-                value,
-                criterion,
-                **choose(captured, criterion) | {"alpha": alphas[criterion]},
-                **against(
-                    captured, same if paired else reference, paired, criterion, n_remove, alphas[criterion]
-                ),
-            )
+            alpha, beside = alphas[criterion], same if paired else reference
+            facts = choose(captured, criterion) | {"alpha": alpha}
+            facts |= against(captured, beside, paired, criterion, n_remove, alpha)
+            add(varied, value, criterion, **facts)
         print(model, varied, value, flush=True)
     return rows
 

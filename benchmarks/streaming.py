@@ -99,17 +99,9 @@ def ten_sets(folder: Path) -> dict:
 
 def export(folder: Path) -> dict:
     target = folder.parent / "benchmark-export"
-    facts = {
-        "model": folder.name,
-        "source": folder.name,
-        "hub_id": None,
-        "criterion": "none",
-        "alpha": None,
-        "calibration": "none",
-        "text": "none",
-        "machine": provenance.describe_machine(),
-        "measured": {},
-    }
+    facts = dict.fromkeys(("hub_id", "alpha")) | dict.fromkeys(("criterion", "calibration", "text"), "none")
+    facts |= {"model": folder.name, "source": folder.name, "measured": {}}
+    facts["machine"] = provenance.describe_machine()
     try:
         export_pruned(folder, candidate_sets(40)[0], target, facts)
         return {"gb_written": sum(file.stat().st_size for file in target.iterdir()) / 1e9}
@@ -121,13 +113,8 @@ def accelerate_offload(folder: Path) -> dict:
     """The same capture on a model of which accelerate keeps 3 GiB in memory; the rest it reads for every
     batch."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as offload:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.bfloat16,
-            device_map="auto",
-            max_memory={"cpu": "3GiB"},
-            offload_folder=offload,
-        )
+        limits = dict(device_map="auto", max_memory={"cpu": "3GiB"}, offload_folder=offload)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **limits)
         capture_statistics(Decoder(model.eval()), blocks(), N_SAMPLES)
     return {}
 
@@ -159,9 +146,8 @@ def main(target: Path, model: str) -> None:
     folder = checkpoints.checkpoint_folder(model)
     found = {}
     for step in STEPS:
-        done = subprocess.run(
-            [sys.executable, __file__, "--step", step, model], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "benchmarks.streaming", "--step", step, model]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             sys.exit(f"the step {step!r} failed")

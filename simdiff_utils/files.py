@@ -134,6 +134,11 @@ def _hash_data(data: dict) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def hash_facts(facts: dict) -> str:
+    """12 hex digits of whatever JSON can say, the same for the same facts in any order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file, read once per process and state of the file."""
     return _hash_file(path, path.stat().st_size, path.stat().st_mtime_ns)

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from simdiff_utils import require
 from simdiff_utils.settings import (
     CaptureSettings,
+    ChatSettings,
     ChoiceSettings,
     ComparisonSettings,
+    Delivery,
     Group,
     Handling,
     RepairSettings,
@@ -25,10 +27,10 @@ _CHOICE = (CaptureSettings, SearchSettings, ChoiceSettings)
 READS: dict[str, tuple[type[Group], ...]] = {
     "01": (CaptureSettings,),
     "02": (CaptureSettings, SearchSettings, TableSettings),
-    "03": (*_CHOICE, TableSettings, ReportSettings),
-    "04": (*_CHOICE, ReportSettings, RepairSettings, TrainingSettings),
+    "03": (*_CHOICE, Delivery, TableSettings, ReportSettings),
+    "04": (*_CHOICE, Delivery, ReportSettings, RepairSettings, TrainingSettings, ChatSettings),
     "05": (*_CHOICE, ReportSettings, SpeedSettings),
-    "06": (CaptureSettings, SearchSettings, TableSettings, ComparisonSettings),
+    "06": (CaptureSettings, SearchSettings, TableSettings, ComparisonSettings, ChatSettings),
 }
 
 

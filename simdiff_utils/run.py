@@ -21,10 +21,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from simdiff_utils import SimDiffError, require
 from simdiff_utils.engine.decoder import Decoder, open_decoder
 from simdiff_utils.engine.load import load_tokenizer
-from simdiff_utils.files import read_json, write_json, write_kept, write_whole
+from simdiff_utils.files import hash_facts, read_json, write_json, write_kept, write_whole
 from simdiff_utils.models.checkpoints import hash_once, resolve_checkpoint
 from simdiff_utils.provenance import code_digest, peak_memory_gib, provenance, runs_root
-from simdiff_utils.settings import Group, Handling, Settings, hash_facts
+from simdiff_utils.settings import Delivery, Group, Handling, Settings
 from simdiff_utils.text.blocks import draw_blocks, token_blocks
 from simdiff_utils.text.corpus import Corpus, load_corpus
 
@@ -197,7 +197,8 @@ class Run:
             tables, figures: name -> data frame, name -> matplotlib figure; None where there is nothing to
                 show.
         """
-        settings = {name: value for name, value in self.settings if name not in Handling.model_fields}
+        how = {*Handling.model_fields, *Delivery.model_fields}
+        settings = {name: value for name, value in self.settings if name not in how}
         key = hash_facts(settings | {"model": self.checkpoint.sha256, "text": self.corpus.sha256})
         target = self.folder / f"{notebook}-{key}"
         with write_whole(target) as partial:

@@ -1,11 +1,8 @@
 """Settings of a run: every parameter that a notebook may declare, in groups by room, checked by pydantic.
 
-A stage's key is made of the groups it depends on, so what a parameter makes old is derived from where it
-stands.
+A stage's key is made of the groups it depends on: what a parameter makes old follows from where it stands.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated
@@ -34,11 +31,17 @@ def _must(fits: Callable[[object], bool], words: str) -> AfterValidator:
 
 def _one_of(*choices: str) -> AfterValidator:
     def check(value: str) -> str:
-        if value not in choices and not (choices == tuple(CRITERIA) and is_criterion(value)):
+        if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}.")
         return value
 
     return AfterValidator(check)
+
+
+def _check_criterion(value: str) -> str:
+    if not is_criterion(value):  # asked of the registry as it is now: a notebook may have added a row
+        raise ValueError(f"must be one of {', '.join(CRITERIA)}; got {value!r}.")
+    return value
 
 
 def _list_of(what: str, fits: Callable[[object], bool], items: str, empty: bool = False) -> BeforeValidator:
@@ -60,9 +63,8 @@ OrOff = _must(lambda x: x >= 0, "be 0 (off) or more")
 Inside = _must(lambda x: 0 < x < 1, "lie between 0 and 1")
 Prompt = Annotated[str, _must(str.strip, "hold a word to start from")]
 Dtype = Annotated[str, _one_of(*DTYPES)]
-_counts = partial(
-    _list_of, "whole numbers", lambda n: type(n) is int and n >= 1, "whole numbers of at least 1, got"
-)
+_COUNTS = "whole numbers of at least 1, got"
+_counts = partial(_list_of, "whole numbers", lambda n: type(n) is int and n >= 1, _COUNTS)
 _criteria = partial(_list_of, "texts", is_criterion, f"some of {', '.join(CRITERIA)}; got")
 
 
@@ -93,17 +95,21 @@ class Sources(Group):
 
 
 class Handling(Group):
-    """How something is done or where it goes, and not what comes out: in no key."""
+    """How something is done, and not what comes out: in no key."""
 
     batch_size: Count = 2
     memory_gib: Annotated[float, OrOff] = 0.0
     trust_remote_code: bool = False
+    result_file: str = ""
+
+
+class Delivery(Group):
+    """What a reader is shown of a checkpoint, and where a copy of it goes: in no key."""
+
     prompt: Prompt = "Albert Einstein was a physicist who"
     max_perplexity_ratio: Annotated[float, OrOff] = 0.0
     export_to: str = ""
     overwrite: bool = False
-    measure: bool = False
-    result_file: str = ""
 
 
 class CaptureSettings(Group):
@@ -131,7 +137,7 @@ class SearchSettings(Group):
 class ChoiceSettings(Group):
     """Which criterion's set is removed, and how many layers."""
 
-    criterion: Annotated[str, _one_of(*CRITERIA)] = "masd"
+    criterion: Annotated[str, AfterValidator(_check_criterion)] = "masd"
     n_remove: Count = 6
 
 
@@ -155,13 +161,18 @@ class RepairSettings(Group):
     export_dtype: Annotated[str, _one_of(*DTYPES[1:])] = "float32"
 
 
+class ChatSettings(Group):
+    """Whether rows and questions go through the tokenizer's chat template."""
+
+    chat_template: bool = False
+
+
 class TrainingSettings(Group):
     """Recovery by training; 0, "preset" and [] keep the preset's value."""
 
     training: Annotated[str, _one_of(*TRAININGS)] = "lora"
     preset: Annotated[str, _one_of("demo", "published")] = "demo"
     train_data: str = "preset"
-    chat_template: bool = False
     learning_rate: Annotated[float, OrOff] = 0.0
     max_steps: Annotated[int, OrOff] = 0
     micro_batch_size: Annotated[int, OrOff] = 0
@@ -189,6 +200,7 @@ class SpeedSettings(Group):
 class ComparisonSettings(Group):
     """Every criterion on WikiText-2's test split, some in lm-eval."""
 
+    measure: bool = False
     data_folder: str = ""
     window_len: Tokens = 2048
     n_windows: Count = 64
@@ -202,21 +214,19 @@ class ComparisonSettings(Group):
 class Settings(
     Sources,
     Handling,
+    Delivery,
     CaptureSettings,
     SearchSettings,
     ChoiceSettings,
     TableSettings,
     ReportSettings,
     RepairSettings,
+    ChatSettings,
     TrainingSettings,
     SpeedSettings,
     ComparisonSettings,
 ):
-    """All of them. A notebook declares those it uses, `from_notebook` checks them.
-
-    Raises:
-        SimDiffError: a value of the wrong type or out of range.
-    """
+    """All of them; a SimDiffError where a value is of the wrong type or out of range."""
 
     def __init__(self, **given: object) -> None:
         try:
@@ -232,11 +242,6 @@ class Settings(
         """Names and values of some groups."""
         names = [name for group in groups for name in group.model_fields if name not in without]
         return {name: getattr(self, name) for name in names}
-
-
-def hash_facts(facts: dict) -> str:
-    """12 hex digits of whatever JSON can say, the same for the same facts in any order."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _sentence(error: dict, given: dict) -> str:

@@ -12,14 +12,14 @@ from simdiff_utils.files import read_kept, write_whole
 from workflow.plan import NOTEBOOKS, NotebookRun
 
 _MANY = 200  # rows of a table that are shown; the file has all
-_AXES = (
-    "model",
-    "seed",
-    "criterion",
-    "n_remove",
-    "repair",
-    "training",
-)  # what tells the runs of one notebook apart
+_AXES = ("model", "seed", "criterion", "n_remove", "repair", "training")  # tell a notebook's runs apart
+_FACTS = {  # word on the page -> column of the results' origins
+    "models": "model",
+    "text": "text",
+    "machine": "machine",
+    "revision": "git_revision",
+    "code (sha256)": "code_sha256",
+}
 
 
 def write_report(
@@ -29,57 +29,47 @@ def write_report(
 
     Args:
         batch: folder of the result files; links to the executed notebooks are relative to the report.
-        runs: see `grid.plan_runs`; those without a result are listed as missing.
+        runs: see `plan.plan_runs`; those without a result are listed as missing.
         target: the HTML file; it appears whole or not at all.
         failed: result file -> the sentence that says why there is none.
     """
     failed = failed or {}
     found = {name: read_kept(batch / name) for name in runs}
-    notebooks = []
+    sections = []
     for notebook in NOTEBOOKS.values():
-        mine = [(name, run) for name, run in runs.items() if run.notebook == notebook]
-        done = [_describe(batch, name, run, found[name], target) for name, run in mine if found[name]]
+        mine = {name: run for name, run in runs.items() if run.notebook == notebook}
+        done = [_describe(batch, name, run, found[name], target) for name, run in mine.items() if found[name]]
         missing = [
             {"name": _title(run), "why": failed.get(name, "not run yet"), **_links(batch, name, run, target)}
-            for name, run in mine
+            for name, run in mine.items()
             if not found[name]
         ]
         if mine:
-            notebooks.append(
-                {
-                    "name": notebook,
-                    "title": notebook.replace("_", " · ", 1).replace("_", " "),
-                    "runs": done,
-                    "missing": missing,
-                    "overview": _overview(done),
-                }
-            )
-    origins = pd.DataFrame([result["origin"] for result in found.values() if result])
-    environment = Environment(
+            title = notebook.replace("_", " · ", 1).replace("_", " ")
+            section = {"name": notebook, "title": title, "runs": done, "missing": missing}
+            sections.append(section | {"overview": _overview(done)})
+
+    origins = [result["origin"] for result in found.values() if result]
+    times = sorted(origin["time"] for origin in origins) or [""]
+    facts = {
+        word: sorted({str(origin[column]) for origin in origins if origin.get(column) is not None})
+        for word, column in _FACTS.items()
+    }
+    template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
-        notebooks=notebooks,
+    ).get_template("report.html")
+    page = template.render(
+        notebooks=sections,
         n_runs=len(runs),
         n_done=sum(map(bool, found.values())),
         n_failed=len(failed),
-        facts={
-            word: sorted(set(origins[column].dropna().astype(str)))
-            for word, column in (
-                ("models", "model"),
-                ("text", "text"),
-                ("machine", "machine"),
-                ("revision", "git_revision"),
-                ("code (sha256)", "code_sha256"),
-            )
-            if column in origins
-        },
-        first=min(origins["time"], default="") if len(origins) else "",
-        last=max(origins["time"], default="") if len(origins) else "",
+        facts={word: values for word, values in facts.items() if values},
+        first=times[0],
+        last=times[-1],
     )
     with write_whole(target) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -89,37 +79,31 @@ def _describe(batch: Path, name: str, run: NotebookRun, result: Mapping, target:
     """What the page shows of one run."""
     folder = Path(result["folder"])
     tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-    figures = {
-        path.stem: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.glob("*.png"))
-    }
+    figures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+    shown = ("headline", "seconds", "peak_memory_gib", "origin", "settings")
     return {
         "name": _title(run),
         "id": name.replace("/", "-").removesuffix(".json"),
-        "headline": result["headline"],
-        "figures": figures,
-        "tables": {
-            key: {"html": _table(table.head(_MANY)), "n_rows": len(table), "n_shown": min(_MANY, len(table))}
-            for key, table in tables.items()
-        },
-        "seconds": result["seconds"],
-        "peak_memory_gib": result["peak_memory_gib"],
-        "origin": result["origin"],
-        "settings": result["settings"],
-        **_links(batch, name, run, target),
         "axes": {axis: run.settings[axis] for axis in _AXES if axis in run.settings},
+        "figures": {stem: base64.b64encode(data).decode() for stem, data in figures.items()},
+        "tables": {
+            stem: {"html": _table(table.head(_MANY)), "n_rows": len(table), "n_shown": min(_MANY, len(table))}
+            for stem, table in tables.items()
+        },
+        **{word: result[word] for word in shown},
+        **_links(batch, name, run, target),
     }
 
 
 def _title(run: NotebookRun) -> str:
     settings = run.settings
-    words = [Path(settings["model"]).name if os.path.isabs(settings["model"]) else settings["model"]]
+    model = settings["model"]
+    words = [Path(model).name if os.path.isabs(model) else model]
     if "criterion" in settings:
         words.append(f"{settings['criterion']}, K = {settings['n_remove']}")
     if "training" in settings:
-        words.append(
-            " + ".join(w for w in (settings.get("repair", "none"), settings["training"]) if w != "none")
-            or "no recovery"
-        )
+        healed = [word for word in (settings.get("repair", "none"), settings["training"]) if word != "none"]
+        words.append(" + ".join(healed) or "no recovery")
     if settings.get("seed"):
         words.append(f"seed {settings['seed']}")
     return " · ".join(words)
@@ -131,27 +115,22 @@ def _links(batch: Path, name: str, run: NotebookRun, target: Path) -> dict:
     result = batch / name
     executed = result.parent / "executed" / f"{run.notebook}{result.stem[2:]}.ipynb"
     files = {"executed notebook": executed, "log": result.with_suffix(".log")}
-    return {
-        "links": {word: os.path.relpath(path, target.parent) for word, path in files.items() if path.exists()}
-    }
+    links = {word: os.path.relpath(path, target.parent) for word, path in files.items() if path.exists()}
+    return {"links": links}
 
 
 def _overview(done: list[dict]) -> str:
     """The headlines of one notebook's runs, a row for each; columns that all share are left out where there
     are several."""
-    rows = [
-        run["axes"]
-        | {key: value for key, value in run["headline"].items() if key != "checkpoint"}
-        | {"seconds": run["seconds"], "peak memory (GiB)": run["peak_memory_gib"]}
-        for run in done
-    ]
+    rows = []
+    for run in done:
+        found = {word: value for word, value in run["headline"].items() if word != "checkpoint"}
+        costs = {"seconds": run["seconds"], "peak memory (GiB)": run["peak_memory_gib"]}
+        rows.append(run["axes"] | found | costs)
     table = pd.DataFrame(rows)
     alike = [axis for axis in _AXES if axis in table and len(table) > 1 and table[axis].nunique() == 1]
-    return _table(
-        table.drop(columns=alike).map(
-            lambda cell: ", ".join(map(str, cell)) if isinstance(cell, list) else cell
-        )
-    )
+    table = table.drop(columns=alike)
+    return _table(table.map(lambda cell: ", ".join(map(str, cell)) if isinstance(cell, list) else cell))
 
 
 def _table(table: pd.DataFrame) -> str:

@@ -25,8 +25,8 @@ from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.criterion.stage import choices, evidence
 from simdiff_utils.engine.perplexity import perplexity, perplexity_interval
+from simdiff_utils.files import hash_facts
 from simdiff_utils.run import Run, hash_blocks
-from simdiff_utils.settings import hash_facts
 from simdiff_utils.text.blocks import token_blocks
 from simdiff_utils.text.corpus import load_wikitext2_test
 

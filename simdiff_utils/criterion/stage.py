@@ -14,10 +14,10 @@ from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator, verdict
 from simdiff_utils.engine.perplexity import perplexity, perplexity_interval
-from simdiff_utils.files import hash_file, read_kept, write_kept
+from simdiff_utils.files import hash_facts, hash_file, read_kept, write_kept
 from simdiff_utils.provenance import code_digest
 from simdiff_utils.run import Run, check_n_remove, hash_blocks
-from simdiff_utils.settings import SearchSettings, hash_facts
+from simdiff_utils.settings import SearchSettings
 
 ROOM = "simdiff_utils.criterion"
 GROUPS = (*capture.GROUPS, SearchSettings)

@@ -62,8 +62,8 @@ def _named_checkpoint(run: Run) -> Path:
     folder = Path(run.settings.pruned).expanduser()
     if not (folder / "pruning.json").is_file():
         raise SimDiffError(
-            f"pruned = {run.settings.pruned} holds no pruning.json: name the checkpoint folder that notebook 03 "
-            'printed, or leave pruned = "" to make it.'
+            f"pruned = {run.settings.pruned} holds no pruning.json: name the checkpoint folder that notebook "
+            '03 printed, or leave pruned = "" to make it.'
         )
     facts = read_json(folder / "pruning.json")
     if facts["origin"]["model_sha256"] != run.checkpoint.sha256:

@@ -26,12 +26,12 @@ from simdiff_utils.recovery.lora import Trained, train_lora
 from simdiff_utils.recovery.recipe import Recipe, recipe_for
 from simdiff_utils.recovery.repair import repair
 from simdiff_utils.run import Run, is_sound
-from simdiff_utils.settings import CaptureSettings, RepairSettings, TrainingSettings
+from simdiff_utils.settings import CaptureSettings, ChatSettings, RepairSettings, TrainingSettings
 from simdiff_utils.text.blocks import draw_blocks, token_blocks
 
 ROOM = "simdiff_utils.recovery"
 REPAIR = (CaptureSettings, RepairSettings)
-RECOVERY = (*REPAIR, TrainingSettings)
+RECOVERY = (*REPAIR, TrainingSettings, ChatSettings)
 
 
 def rung_name(run: Run) -> str:
@@ -158,13 +158,13 @@ def _write(run: Run, trained: Trained, rows: TrainingRows, start: Path, work: Pa
     """The stage's files; its facts."""
     dtype = str(pick_dtype(run.settings.train_dtype)).removeprefix("torch.")
     last_step, held_out = trained.log.iloc[-1], trained.log["eval_loss"].dropna()
-    n_steps = int(last_step["step"])
+    n_steps, before, after = int(last_step["step"]), held_out.iloc[0], held_out.iloc[-1]
     trained.log.to_csv(folder / "log.csv", index=False)
     shutil.copytree(work, folder, dirs_exist_ok=True)
     what = "LoRA with distillation" if run.settings.training == "distillation" else "LoRA"
     facts = {
         "recovery": f"{what}, {n_steps} steps, {dtype}, {rows.template}",
-        "loss on held-out rows, before and after": f"{held_out.iloc[0]:.3f}, {held_out.iloc[-1]:.3f} nats per token",
+        "loss on held-out rows, before and after": f"{before:.3f}, {after:.3f} nats per token",
     }
     export_recovered(trained.model.to(pick_dtype(run.settings.export_dtype)), start, folder / "model", facts)
     return {

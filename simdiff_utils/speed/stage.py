@@ -18,9 +18,9 @@ from simdiff_utils.pruning.stage import pruned_checkpoint, removed_layers
 from simdiff_utils.run import Run
 from simdiff_utils.settings import SpeedSettings
 from simdiff_utils.speed.bound import Work, bound_phases, ideal_seconds, measure_rates
+from simdiff_utils.speed.generate import PROTOCOLS, Protocol
 from simdiff_utils.speed.memory import measure_peak_memory
 from simdiff_utils.speed.parts import time_parts
-from simdiff_utils.speed.generate import PROTOCOLS, Protocol
 from simdiff_utils.speed.timing import measure_speed, without_layers
 
 ROOM = "simdiff_utils.speed"

@@ -74,15 +74,10 @@ def window_losses_by_hand(run, data_folder, removed, merges):
     text = (data_folder / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
     lines = [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
     ids = run.tokenizer("\n\n".join(lines), add_special_tokens=False)["input_ids"]
-    windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    windows = torch.tensor([ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)])
     with layers_merged(run.model, merges), layers_removed(run.model, frozenset(removed)):
-        found = []
-        for window in windows:
-            logits = run.model(input_ids=torch.tensor([window]), use_cache=False).logits[0, :-1].double()
-            found.append(
-                -logits.log_softmax(-1)[torch.arange(WINDOW - 1), torch.tensor(window[1:])].mean().item()
-            )
-    return np.array(found)
+        logits = run.model(input_ids=windows, use_cache=False).logits[:, :-1].double()
+    return -logits.log_softmax(-1).gather(-1, windows[:, 1:, None]).mean((1, 2)).numpy()
 
 
 def test_perplexity_is_the_literatures_on_the_same_windows_for_all(run, rows, data_folder):
@@ -191,7 +186,7 @@ def test_what_was_measured_is_read_by_later_code_and_choices_are_made_again(
 
 
 @pytest.fixture
-def elsewhere(run, rows, settings, monkeypatch, tmp_path):
+def elsewhere(run, rows, chosen, settings, monkeypatch, tmp_path):
     """A run on a machine that has nothing but the ledger."""
     write_ledger(run, tmp_path / "ledger.jsonl")
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "elsewhere"))

@@ -51,6 +51,7 @@ def settings(tiny_model, tiny_text, data_folder, tmp_path, monkeypatch):
         n_validation=2,
         criteria=["cosine"],
         n_remove_grid=[1, 2],
+        n_remove=2,
         data_folder=str(data_folder),
         window_len=12,
         n_windows=2,
@@ -72,7 +73,7 @@ def test_a_new_criterion_is_a_function_and_a_row(write_module, settings, monkeyp
     table = stage.choices(run, [1, 2])
     mine = table[table["criterion"] == "plain-masd"]
     assert mine["removed"].tolist() == [smallest(masd, 1), smallest(masd, 2)]
-    assert stage.removed(run.replace(n_remove=2)) == frozenset(smallest(masd, 2))
+    assert stage.removed(run) == frozenset(smallest(masd, 2))
     rows = measure(run)
     measured = rows[(rows["criterion"] == "plain-masd") & (rows["metric"] == PERPLEXITY)]
     assert list(measured["n_remove"]) == [1, 2] and np.isfinite(measured["value"]).all()
@@ -91,7 +92,7 @@ def test_a_new_criterion_is_drawn(write_module, settings, monkeypatch):
 
 def test_ones_own_function_chooses_as_by_hand_and_is_imported_only_when_named(write_module, settings):
     write_module(MASD)
-    run = Run(settings.replace(criterion=OWN, criteria=["cosine", OWN], n_remove=2))
+    run = Run(settings.replace(criterion=OWN, criteria=["cosine", OWN]))
     stage.choices(run, [2], ["cosine", "masd"])
     assert "my_module" not in sys.modules
     masd = capture.statistics(run).table()["masd"]

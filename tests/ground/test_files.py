@@ -1,4 +1,5 @@
-"""Files and folders: whole or not at all, also beside a parallel writer and after a kill; where the repository is."""
+"""Files and folders: whole or not at all, also beside a parallel writer and after a kill; where the
+repository is."""
 
 import errno
 import hashlib

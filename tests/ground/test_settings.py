@@ -8,10 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.files import repository_root
+from simdiff_utils.files import hash_facts, repository_root
 from simdiff_utils.registry import CRITERIA
 from simdiff_utils.run import check_n_remove
-from simdiff_utils.settings import CaptureSettings, SearchSettings, Settings, hash_facts
+from simdiff_utils.settings import CaptureSettings, SearchSettings, Settings
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -174,7 +174,10 @@ def test_the_key_changes_with_every_fact_and_not_with_their_order():
 
 
 def test_the_key_is_the_same_in_another_process():
-    script = "from simdiff_utils.settings import Settings, hash_facts; printhash_factsdictSettings"
+    script = (
+        "import simdiff_utils.files as f, simdiff_utils.settings as s; "
+        "print(f.hash_facts(dict(s.Settings())))"
+    )
     for seed in ("1", "2"):
         command = [sys.executable, "-c", script]
         environment = os.environ | {"PYTHONHASHSEED": seed}

@@ -2,7 +2,10 @@
 alone."""
 
 import json
+import re
 import shutil
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,22 @@ import yaml
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.settings import Settings
+from workflow import plan as plan_module
 from workflow.plan import ASKED, NOTEBOOKS, NotebookRun, declared, plan_runs, read_config
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
+ROOT = Path(__file__).parents[2]
+FOLDER, GRIDS = ROOT / "notebooks", ROOT / "workflow" / "grids"
+AFTER = {"01": set(), "02": {"01"}, "03": {"01", "02"}, "04": {"03"}, "05": {"03"}, "06": set()}
 SMOLLM2, GEMMA = "embedded:smollm2-135m-instruct", "embedded:gemma-3-270m"
 
 
 def plan(**asked) -> dict[str, NotebookRun]:
     return plan_runs(read_config(asked, {}), FOLDER)
+
+
+def number_of(name: str) -> str:
+    """Of the notebook that writes a result file."""
+    return name.split("/")[1][:2]
 
 
 def short(runs) -> list[str]:
@@ -39,50 +50,32 @@ def test_every_axis_is_crossed_and_what_is_shared_is_there_once():
         speed=True,
         comparison=True,
     )
-    counts = {number: sum(f"/{number}-" in name for name in runs) for number in NOTEBOOKS}
+    counts = Counter(map(number_of, runs))
     assert counts == {"01": 4, "02": 4, "03": 24, "04": 48, "05": 24, "06": 4}
     healed = [run for name, run in runs.items() if "/04-masd-4-linear-lora-" in name]
     assert len(healed) == 4
     assert {(run.settings["repair"], run.settings["training"]) for run in healed} == {("linear", "lora")}
-    assert {(run.settings["model"], run.settings["seed"]) for run in healed} == {
-        (m, s) for m in (SMOLLM2, GEMMA) for s in (0, 1)
-    }
+    found = {(run.settings["model"], run.settings["seed"]) for run in healed}
+    assert found == set(product((SMOLLM2, GEMMA), (0, 1)))
 
 
 def test_a_run_comes_after_those_whose_stages_it_reads():
     runs = plan(n_remove=[2, 4], recovery=True, speed=True, comparison=True)
     for name, run in runs.items():
-        number = name.split("/")[1][:2]
-        before = {earlier.split("/")[1][:2] for earlier in run.after}
-        assert (
-            before
-            == {"01": set(), "02": {"01"}, "03": {"01", "02"}, "04": {"03"}, "05": {"03"}, "06": set()}[
-                number
-            ]
-        )
+        assert set(map(number_of, run.after)) == AFTER[number_of(name)]
         assert all(earlier in runs for earlier in run.after)
-        if number in ("04", "05"):
+        if number_of(name) in ("04", "05"):
             (pruned,) = run.after
             assert runs[pruned].settings["n_remove"] == run.settings["n_remove"]
 
 
 def test_a_number_of_layers_that_is_added_leaves_the_others_alone():
-    before, after = (
-        plan(n_remove=n, criterion=["cosine", "masd"], recovery=True, speed=True) for n in ([2, 4], [2, 4, 7])
-    )
+    asked = dict(criterion=["cosine", "masd"], recovery=True, speed=True)
+    before, after = plan(n_remove=[2, 4], **asked), plan(n_remove=[2, 4, 7], **asked)
     kept = before.keys() & after.keys()
-    assert sorted(name.split("/")[1][:2] for name in before.keys() - kept) == [
-        "02"
-    ]  # which chooses for all numbers at once
-    assert sorted(name.split("/")[1][:2] for name in after.keys() - kept) == [
-        "02",
-        "03",
-        "03",
-        "04",
-        "04",
-        "05",
-        "05",
-    ]
+    gone, new = Counter(map(number_of, before.keys() - kept)), Counter(map(number_of, after.keys() - kept))
+    assert gone == {"02": 1}  # which chooses for all numbers at once
+    assert new == {"02": 1, "03": 2, "04": 2, "05": 2}
     (chosen,) = [run for name, run in after.items() if "/02-" in name]
     assert {2, 4, 7} <= set(chosen.settings["n_remove_grid"])
 
@@ -101,7 +94,7 @@ def test_a_number_of_layers_that_is_added_leaves_the_others_alone():
 def test_a_setting_that_is_changed_reruns_what_reads_it(change, again):
     asked = dict(recovery=True, speed=True, comparison=True)
     before, after = plan(**asked), plan(**asked, **change)
-    assert {name.split("/")[1][:2] for name in after.keys() - before.keys()} == again
+    assert set(map(number_of, after.keys() - before.keys())) == again
 
 
 def test_a_file_of_ones_own_counts_with_its_state(tmp_path):
@@ -114,23 +107,40 @@ def test_a_file_of_ones_own_counts_with_its_state(tmp_path):
     assert all(run.settings["text"] == str(text) for run in plan(text=str(text)).values())
 
 
+def test_a_criterion_of_ones_own_counts_with_its_file(tmp_path):
+    file = tmp_path / "own" / "scores.py"
+    file.parent.mkdir()
+    file.write_text("one")
+
+    def name(**settings):
+        return plan_module._name_result("03", {"model": SMOLLM2, "n_remove": 6} | settings, "", tmp_path)
+
+    def names():
+        return name(criterion="own.scores:turned"), name(criterion="masd", criteria=["own.scores:turned"])
+
+    first = names()
+    assert names() == first and "/03-own-scores-turned-6-" in first[0]
+    others = name(criterion="masd", criteria=["cosine"]), name(criterion="gone:turned")
+    file.write_text("two words")
+    assert not set(first) & set(names())
+    assert others == (name(criterion="masd", criteria=["cosine"]), name(criterion="gone:turned"))
+
+
 def test_a_setting_may_differ_from_model_to_model():
-    runs = plan(
-        model=[SMOLLM2, GEMMA], pruning=False, comparison=True, n_remove_grid={SMOLLM2: [3], GEMMA: [2, 4]}
-    )
-    assert {run.settings["model"]: run.settings["n_remove_grid"] for run in runs.values()} == {
-        SMOLLM2: [3],
-        GEMMA: [2, 4],
-    }
+    grids = {SMOLLM2: [3], GEMMA: [2, 4]}
+    runs = plan(model=[SMOLLM2, GEMMA], pruning=False, comparison=True, n_remove_grid=grids)
+    assert {run.settings["model"]: run.settings["n_remove_grid"] for run in runs.values()} == grids
     assert all(run.settings["measure"] is True for run in runs.values())
 
 
 def test_words_become_what_the_setting_wants():
-    asked = read_config(
-        {"n_remove": ["3", 4], "alpha": "0.5", "exact": "true", "text": "1"},
-        {"SIMDIFF_K": "7", "SIMDIFF_DTYPE": "", "HOME": "x"},
-    )
-    assert asked == {"n_remove": 7, "alpha": 0.5, "exact": True, "text": "1"}
+    config = {"n_remove": ["3", 4], "alpha": ".5", "exact": "true", "text": "1", "learning_rate": "1e-4"}
+    config |= {"n_remove_grid": {SMOLLM2: ["2", "3"]}, "n_test": "many", "criteria": ["masd"], "seed": 2.5}
+    asked = read_config(config, {"SIMDIFF_K": "7", "SIMDIFF_DTYPE": "", "HOME": "x"})
+    wanted = {"n_remove": 7, "alpha": 0.5, "exact": True, "text": "1", "learning_rate": 1e-4}
+    wanted |= {"n_remove_grid": {SMOLLM2: [2, 3]}, "n_test": "many", "criteria": ["masd"], "seed": 2.5}
+    assert asked == wanted
+    assert read_config({"n_remove": ["3", 4], "alpha": "auto"}, {}) == {"n_remove": [3, 4], "alpha": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -164,11 +174,7 @@ def test_a_bad_config_is_one_sentence(asked, sentence):
 def test_a_models_name_is_data_never_a_path(model):
     for name, run in plan(model=model).items():
         folder, file = name.split("/")
-        assert (
-            set(folder) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
-            and folder
-            and not folder.startswith("-")
-        )
+        assert re.fullmatch("[a-z0-9][a-z0-9-]*", folder)
         assert file.endswith(".json") and run.settings["model"] == model
 
 
@@ -197,7 +203,7 @@ def test_a_notebook_with_another_parameter_is_refused(tmp_path, written, sentenc
         plan_runs({}, tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_committed_grids_are_valid(path):
     grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     runs = plan_runs(read_config(grid, {}), FOLDER)

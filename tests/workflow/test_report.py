@@ -28,25 +28,17 @@ def report(tmp_path):
         folder / "03_comparison.csv", index=False
     )
     settings = {"model": "some/model", "seed": 0, "criterion": "masd", "n_remove": 2}
-    write_kept(
-        batch / "model" / "03-masd-2-a.json",
-        {
-            "notebook": "03_pruning",
-            "headline": {"removed layers": [3, 4], "said": EVIL},
-            "folder": str(folder),
-            "seconds": 12.3,
-            "peak_memory_gib": 0.5,
-            "settings": settings,
-            "origin": {
-                "time": "2026-01-01T00:00:00",
-                "model": EVIL,
-                "text": "rows",
-                "machine": "some machine",
-                "git_revision": None,
-                "code_sha256": "abc",
-            },
-        },
-    )
+    origin = {"time": "2026-01-01T00:00:00", "model": EVIL, "text": "rows", "machine": "some machine"}
+    result = {
+        "notebook": "03_pruning",
+        "headline": {"removed layers": [3, 4], "said": EVIL},
+        "folder": str(folder),
+        "seconds": 12.3,
+        "peak_memory_gib": 0.5,
+        "settings": settings,
+        "origin": origin | {"git_revision": None, "code_sha256": "abc"},
+    }
+    write_kept(batch / "model" / "03-masd-2-a.json", result)
     executed = batch / "model" / "executed" / "03_pruning-masd-2-a.ipynb"
     executed.parent.mkdir()
     executed.write_text("{}")
@@ -82,11 +74,8 @@ def test_a_report_needs_nothing_but_itself(report):
 def test_a_browser_shows_every_picture_and_meets_no_error(report):
     assert browse(report) == {"images": "1", "broken": "0", "errors": "0"}
     broken = report.with_name("broken.html")
-    page = (
-        report.read_text(encoding="utf-8")
-        .replace("base64,iVBOR", "base64,AAAA")
-        .replace("</body>", "<script>nothing()</script></body>")
-    )
+    page = report.read_text(encoding="utf-8").replace("base64,iVBOR", "base64,AAAA")
+    page = page.replace("</body>", "<script>nothing()</script></body>")
     broken.write_text(page, encoding="utf-8")
     assert browse(broken) == {"images": "1", "broken": "1", "errors": "1"}, "this test would not see an error"
 
@@ -96,24 +85,14 @@ def browse(page) -> dict[str, str]:
     watched = page.with_name(f"watched-{page.name}")
     text = page.read_text(encoding="utf-8")
     text = text.replace("<head>", "<head><script>errors = 0; onerror = () => { errors += 1; };</script>", 1)
-    counted = """<script>onload = () => { document.title = JSON.stringify({images: document.images.length,
-        broken: [...document.images].filter(image => !image.naturalWidth).length, errors: errors}); };</script></body>"""
+    counted = """<script>onload = () => {
+        const broken = [...document.images].filter(image => !image.naturalWidth).length;
+        document.title = JSON.stringify({images: document.images.length, broken: broken, errors: errors});
+        };</script></body>"""
     watched.write_text(text.replace("</body>", counted), encoding="utf-8")
-    done = subprocess.run(
-        [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--virtual-time-budget=10000",
-            "--dump-dom",
-            watched.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --virtual-time-budget=10000"
+    command = ["chromium", *options.split(), "--dump-dom", watched.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     return dict(re.findall(r'"(\w+)":(\d+)', found[1]))
