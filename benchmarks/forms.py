@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from simdiff_utils.stages import Run
 
 from simdiff_utils import provenance
+from simdiff_utils.criterion.stage import compare
 from simdiff_utils.registry import CRITERIA
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 MODELS = {"embedded:smollm2-135m-instruct": [3, 6, 8, 9, 12], "embedded:gemma-3-270m": [2, 4, 5, 6]}
@@ -26,7 +27,7 @@ SHARED = {"dtype": "bfloat16", "batch_size": 4, "n_validation": 32, "n_test": 32
 def main(target: Path) -> None:
     tables = []
     for model, grid in MODELS.items():
-        table = Run(Settings(model=model, n_remove_grid=grid, **SHARED)).compare(grid)
+        table = compare(Run(Settings(model=model, n_remove_grid=grid, **SHARED)), grid)
         tables.append(table.assign(model=model))
         print(table.to_string(), flush=True)
     table = pd.concat(tables, ignore_index=True)

@@ -28,16 +28,21 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from simdiff_utils import provenance
-from simdiff_utils.comparison.tasks.evaluate import SUITES, average_accuracy, evaluate_tasks
+from simdiff_utils.comparison.tasks.evaluate import evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
+from simdiff_utils.comparison.tasks.suites import SUITES, average_accuracy
+from simdiff_utils.criterion.stage import losses
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import load_model
 from simdiff_utils.engine.perplexity import block_losses, perplexity
 from simdiff_utils.files import write_whole
 from simdiff_utils.models.checkpoints import resolve_checkpoint
-from simdiff_utils.recovery.data import pad_rows, pad_token_id
-from simdiff_utils.recovery.lora import lora_config, train_lora
-from simdiff_utils.recovery.stage import Ladder
+from simdiff_utils.pruning.stage import pruned_checkpoint
+from simdiff_utils.recovery import stage
+from simdiff_utils.recovery.lora import train_lora
+from simdiff_utils.recovery.recipe import lora_config
+from simdiff_utils.recovery.training_rows import pad_rows, pad_token_id
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 from simdiff_utils.text.blocks import token_blocks
 from simdiff_utils.text.corpus import load_wikitext2_test
@@ -73,14 +78,20 @@ N_WINDOWS, WINDOW_LEN = 16, 2048  # of WikiText-2's test split
 N_QUESTIONS, TASK_DTYPE = 200, "bfloat16"
 
 
-def open_run(case: str, data: Path) -> Ladder:
+def open_run(case: str, data: Path) -> Run:
     """The run of a case, pruned and with nothing healed yet."""
     model, n_remove = CASES[case]
     settings = dict(model=model, n_remove=n_remove, **SHARED)
     if case == "alpaca":
         rows = str(data / "alpaca" / "alpaca_5000.jsonl.gz")
         settings |= dict(preset="published", train_data=rows, max_steps=0)
-    return Ladder(Settings(**settings))
+    return Run(Settings(**settings))
+
+
+def open_rung(run: Run, name: str) -> Run:
+    """The same run, healed as a rung says."""
+    repair, training = RUNGS[name]
+    return run.replace(repair=repair, training=training)
 
 
 def climb(case: str, rungs: list[str], data: Path) -> None:
@@ -91,29 +102,29 @@ def climb(case: str, rungs: list[str], data: Path) -> None:
     facts = {
         "case": case,
         "model": run.checkpoint.label,
-        "removed": json.dumps(sorted(run.removed())),
+        "removed": json.dumps(sorted(stage.removed(run))),
         "machine": provenance.describe_machine(),
         "torch": torch.__version__,
     }
-    sets = {"dense": frozenset(), "pruned": run.removed()}
+    sets = {"dense": frozenset(), "pruned": stage.removed(run)}
     baselines = {
         name: perplexity(block_losses(run.decoder, windows, (removed,), batch_size=1)[0])
         for name, removed in sets.items()
     }
-    held_out = {f"{name}_loss": run.losses("validation", removed).mean() for name, removed in sets.items()}
+    held_out = {f"{name}_loss": losses(run, "validation", removed).mean() for name, removed in sets.items()}
     lost = np.log(baselines["pruned"] / baselines["dense"])
     for name in rungs:
-        rung, table = run.rung(*RUNGS[name]), run.compare_rungs([RUNGS[name]])
+        rung, table = open_rung(run, name), stage.compare_rungs(run, [RUNGS[name]])
         wikitext2 = baselines["pruned"]
         if name != "pruned":
-            healed = Decoder(load_model(rung.without_copy(), "float32"))
+            healed = Decoder(load_model(stage.healed_checkpoint(rung), "float32"))
             wikitext2 = perplexity(block_losses(healed, windows, batch_size=1)[0])
         dense, last = table.iloc[0].to_dict(), table.iloc[-1].to_dict()
         share = 1 - np.log(wikitext2 / baselines["dense"]) / lost
         add({"rung": "dense", "wikitext2_perplexity": baselines["dense"]} | dense | facts)
         add(last | {"rung": name, "wikitext2_perplexity": wikitext2, "wikitext2_share": share} | facts)
         if rung.settings.training != "none":
-            log = pd.read_csv(rung.recovery() / "log.csv").dropna(subset=["eval_loss"])
+            log = pd.read_csv(stage.train(rung) / "log.csv").dropna(subset=["eval_loss"])
             log["tokens"] += last["n_tokens"] - log["tokens"].iloc[-1]  # those of a repair before it
             curve = log[["step", "tokens", "eval_loss", "seconds"]].assign(**held_out, case=case, rung=name)
             add_rows(curve, RESULTS / "recovery_curves.csv", KEY)
@@ -123,7 +134,7 @@ def ask(case: str, rungs: list[str], data: Path) -> None:
     """The zero-shot tasks of the dense model and of every rung, a row each as soon as it is there."""
     run = open_run(case, data)
     for name in ("dense", *rungs):
-        folder = run.checkpoint.folder if name == "dense" else run.rung(*RUNGS[name]).without_copy()
+        folder = run.checkpoint.folder if name == "dense" else stage.healed_checkpoint(open_rung(run, name))
         scores = evaluate_tasks(
             lambda folder=folder: Decoder(load_model(folder, TASK_DTYPE)),
             run.tokenizer,
@@ -159,8 +170,8 @@ def add_rows(rows: pd.DataFrame, path: Path, key: list[str]) -> None:
 
 def measure_overhead(n_pairs: int = 5) -> None:
     """Seconds of 16 steps in our loop over those in a bare one, in turn."""
-    run = Ladder(Settings(**SHARED | dict(model=SMOLLM2, n_remove=6, max_steps=16)))
-    rows, recipe, ratios = run.training_rows(), run.recipe, []
+    run = Run(Settings(**SHARED | dict(model=SMOLLM2, n_remove=6, max_steps=16)))
+    rows, recipe, ratios = stage.training_rows(run), stage.recipe(run), []
     rows.validation.clear()
 
     def ours(model: torch.nn.Module, folder: str) -> None:
@@ -186,7 +197,7 @@ def measure_overhead(n_pairs: int = 5) -> None:
     for _ in range(n_pairs):
         seconds = {}
         for train in (bare, ours):
-            model = load_model(run.pruned_checkpoint(), "float32")
+            model = load_model(pruned_checkpoint(run), "float32")
             with TemporaryDirectory() as folder:
                 started = time.perf_counter()
                 train(model, folder)

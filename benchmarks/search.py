@@ -24,14 +24,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from simdiff_utils.stages import Run
 
 from simdiff_utils import provenance
+from simdiff_utils.capture import stage as capture
+from simdiff_utils.criterion.candidates import Evidence
 from simdiff_utils.criterion.equations import normalise
-from simdiff_utils.criterion.propose import METHODS, Evidence
+from simdiff_utils.criterion.propose import propose
 from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.criterion.search import greedy, search_ternary
 from simdiff_utils.engine.perplexity import perplexity
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 MODELS = {"embedded:smollm2-135m-instruct": [3, 6, 9, 12], "embedded:gemma-3-270m": [2, 4, 6]}
@@ -53,7 +55,7 @@ class Bench:
         self.ledger = {row["job"]: row for row in map(json.loads, rows)}
         self.run = Run(Settings(model=model, dtype=DTYPE, n_validation=N_BLOCKS, n_test=N_BLOCKS))
         self.n_layers, self.blocks = self.run.n_layers, self.run.blocks("validation")
-        self.statistics = self.run.statistics()
+        self.statistics = capture.statistics(self.run)
 
     def evaluator(self, blocks: torch.Tensor, kept: str = "") -> Evaluator:
         folder = self.folder / f"{self.model.split(':')[1]}-{kept}" if kept else None
@@ -88,7 +90,7 @@ class Bench:
     # ---- jobs
 
     def candidates(self, method: str, n_remove: int) -> list[frozenset[int]]:
-        proposed = METHODS[method].propose(Evidence(self.statistics), n_remove)
+        proposed = propose(method, Evidence(self.statistics), n_remove)
         return list(dict.fromkeys(candidate.removed for candidate in proposed))
 
     def race(self, method: str, n_remove: int, exact: bool) -> dict:

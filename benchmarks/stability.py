@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from simdiff_utils.stages import Run
 
 from simdiff_utils import provenance
+from simdiff_utils.capture import stage as capture
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
-from simdiff_utils.criterion.propose import METHODS, Evidence
+from simdiff_utils.criterion import stage
+from simdiff_utils.criterion.candidates import Evidence
+from simdiff_utils.criterion.propose import propose
 from simdiff_utils.criterion.stability import agree, measure_stability, rank_scores
 from simdiff_utils.engine.perplexity import perplexity
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 MODELS = {"embedded:smollm2-135m-instruct": 6, "embedded:gemma-3-270m": 4}
@@ -73,10 +76,10 @@ def measure(model: str, n_remove: int, texts: list[str]) -> list[dict]:
     rows = []
     base = Settings(model=model, n_samples=N_SAMPLES, seq_len=SEQ_LEN, n_validation=N_VALIDATION)
     run = Run(base)
-    reference, evaluator = run.statistics(), run.evaluator("validation")
+    reference, evaluator = capture.statistics(run), stage.evaluator(run, "validation")
 
     def choose(captured: LayerStatistics, criterion: str) -> dict:
-        candidates = METHODS[criterion].propose(Evidence(captured), n_remove)
+        candidates = propose(criterion, Evidence(captured), n_remove)
         winner = evaluator.race({0: [c.removed for c in candidates]}, exact=True).winners[0]
         first = next(c for c in candidates if c.removed == winner)
         return {
@@ -108,9 +111,9 @@ def measure(model: str, n_remove: int, texts: list[str]) -> list[dict]:
             }
             add("samples", size, criterion, alpha=alphas[criterion], **facts)
     # the samples of bfloat16, in float32
-    same = Run(Settings(**vars(base) | {"n_samples": 128})).statistics()
+    same = capture.statistics(Run(base.replace(n_samples=128)))
     for varied, value, differing in variations(texts):
-        captured = Run(Settings(**vars(base) | differing)).statistics()
+        captured = capture.statistics(Run(base.replace(**differing)))
         paired = varied == "dtype"
         for criterion in CRITERIA:
             alpha, beside = alphas[criterion], same if paired else reference

@@ -18,8 +18,9 @@ from torch import LongTensor
 from tqdm.auto import tqdm
 
 from simdiff_utils import SimDiffError, registry
-from simdiff_utils.comparison.tasks.evaluate import SUITES, average_accuracy, evaluate_tasks
+from simdiff_utils.comparison.tasks.evaluate import evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
+from simdiff_utils.comparison.tasks.suites import SUITES, average_accuracy
 from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator

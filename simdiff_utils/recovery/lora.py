@@ -24,9 +24,9 @@ from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import text_config
 from simdiff_utils.files import read_json, write_json
-from simdiff_utils.recovery.data import TrainingRows, pad_token_id
 from simdiff_utils.recovery.recipe import Recipe, lora_config
 from simdiff_utils.recovery.trainer import COMPLETE, make_trainer
+from simdiff_utils.recovery.training_rows import TrainingRows, pad_token_id
 
 _IDENTITY = "training.json"  # what a folder of checkpoints belongs to
 

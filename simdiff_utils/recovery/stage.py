@@ -21,10 +21,10 @@ from simdiff_utils.files import read_json
 from simdiff_utils.models.checkpoints import hash_checkpoint
 from simdiff_utils.pruning.export import export_recovered, refuse_existing
 from simdiff_utils.pruning.stage import copy_out, export_target, pruned_checkpoint, removed_layers
-from simdiff_utils.recovery.data import TrainingRows, block_rows, load_rows
 from simdiff_utils.recovery.lora import Trained, train_lora
 from simdiff_utils.recovery.recipe import Recipe, recipe_for
 from simdiff_utils.recovery.repair import repair
+from simdiff_utils.recovery.training_rows import TrainingRows, block_rows, load_rows
 from simdiff_utils.run import Run, is_sound
 from simdiff_utils.settings import CaptureSettings, ChatSettings, RepairSettings, TrainingSettings
 from simdiff_utils.text.blocks import draw_blocks, token_blocks

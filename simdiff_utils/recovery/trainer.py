@@ -15,9 +15,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.files import write_json
-from simdiff_utils.recovery.data import TrainingRows, pad_rows
 from simdiff_utils.recovery.distillation import distillation_loss, last_states
 from simdiff_utils.recovery.recipe import Recipe
+from simdiff_utils.recovery.training_rows import TrainingRows, pad_rows
 
 COMPLETE = "complete.json"  # written last into a checkpoint: a kill while it is saved leaves none
 

@@ -32,22 +32,19 @@ def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTenso
         raise SimDiffError(
             f"seq_len must be above the {len(prefix)} token(s) this tokenizer prepends, got {seq_len}."
         )
-    joined = "\n\n".join(documents)
-    quiet = {"disable": True} if len(joined) < 500_000 else {}  # False would overrule the user's TQDM_DISABLE
-    with tqdm(
-        total=len(joined), desc="tokenise", unit=" characters", unit_scale=True, leave=False, **quiet
-    ) as bar:  # one call, so that no document boundary changes a token
-        # verbose=False: no warning that the whole text is longer than the model's context, since blocks are
-        # not
-        ids = tokenizer(joined, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+    joined = "\n\n".join(documents)  # tokenised in one call, so that no document boundary changes a token
+    # a bar for long texts only; disable=False would overrule the user's TQDM_DISABLE
+    look = {"desc": "tokenise", "unit": " characters", "unit_scale": True, "leave": False}
+    with tqdm(total=len(joined), **look, **({"disable": True} if len(joined) < 500_000 else {})) as bar:
+        # verbose=False: no warning that the whole is longer than the model's context, since blocks are not
+        encoded = tokenizer(joined, add_special_tokens=False, return_attention_mask=False, verbose=False)
         bar.update(len(joined))
+    ids = encoded["input_ids"]
     n_blocks = len(ids) // n_text
     if n_blocks == 0:
         raise SimDiffError(
-            f"the text has {len(ids)} tokens, one block of seq_len {seq_len} takes {n_text}: give a "
-            "longer text or lower seq_len."
+            f"the text has {len(ids)} tokens, one block of seq_len {seq_len} takes {n_text}: give a longer "
+            "text or lower seq_len."
         )
     body = torch.tensor(ids[: n_blocks * n_text]).view(n_blocks, n_text)
     head = torch.tensor(prefix, dtype=torch.long).expand(n_blocks, -1)

@@ -10,8 +10,9 @@ import mwparserfromhell
 from mwparserfromhell.nodes import Tag, Template, Wikilink
 from tqdm.auto import tqdm
 
-from simdiff_utils import assets
+from simdiff_utils import SimDiffError, assets
 from simdiff_utils.files import write_whole
+from simdiff_utils.text.rows import read_rows
 
 STRIP_RULES = f"v1-mwparserfromhell-{mwparserfromhell.__version__}"  # raise v1 when the rules below change
 MIN_ARTICLE_CHARS = 2_000
@@ -36,15 +37,14 @@ def load_articles() -> list[str]:
     source = assets.fetch("wikipedia")
     stripped = source.with_name(f"articles-{STRIP_RULES}.jsonl")
     try:
-        return [json.loads(line)["text"] for line in stripped.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, ValueError):  # not there yet, or damaged
+        return [row["text"] for row in read_rows(stripped)]
+    except SimDiffError:  # not there yet, or damaged
         pass
     with bz2.open(source) as file:
         pages = list(_read_pages(file))
-    articles = [
-        (title, strip_markup(wikitext)) for title, wikitext in tqdm(pages, desc="strip mark-up", leave=False)
-    ]
-    rows = [{"title": title, "text": text} for title, text in articles if len(text) > MIN_ARTICLE_CHARS]
+    bar = tqdm(pages, desc="strip mark-up", leave=False)
+    articles = [{"title": title, "text": strip_markup(wikitext)} for title, wikitext in bar]
+    rows = [article for article in articles if len(article["text"]) > MIN_ARTICLE_CHARS]
     with write_whole(stripped) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [row["text"] for row in rows]
@@ -60,8 +60,7 @@ def _read_pages(file) -> Iterator[tuple[str, str]]:
 
 
 def strip_markup(wikitext: str) -> str:
-    """Plain prose of an article: no templates, tables, references, formulas, pictures, nor its trailing
-    sections."""
+    """Plain prose of an article: no templates, tables, references, formulas, pictures, trailing sections."""
     trailing = TRAILING_SECTION.search(wikitext)
     code = mwparserfromhell.parse(wikitext[: trailing.start()] if trailing else wikitext)
     _prune(code)
@@ -73,8 +72,7 @@ def strip_markup(wikitext: str) -> str:
 
 
 def _prune(code: mwparserfromhell.wikicode.Wikicode) -> None:
-    """Drop the unwanted nodes in place, by walking down once: the library's own `remove` searches all for
-    each."""
+    """Drop unwanted nodes in place, walking down once: the library's `remove` searches all for each."""
     code.nodes = [node for node in code.nodes if not _is_unwanted(node)]
     for node in code.nodes:
         inner = node.contents if isinstance(node, Tag) else node.text if isinstance(node, Wikilink) else None

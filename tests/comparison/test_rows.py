@@ -19,8 +19,9 @@ from simdiff_utils.comparison.tables import (
     rank_agreement,
     stored_rows,
 )
-from simdiff_utils.comparison.tasks.evaluate import SUITES, evaluate_tasks
+from simdiff_utils.comparison.tasks.evaluate import evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
+from simdiff_utils.comparison.tasks.suites import SUITES
 from simdiff_utils.criterion import stage
 from simdiff_utils.engine.surgery import layers_merged, layers_removed
 from simdiff_utils.registry import CRITERIA

@@ -22,10 +22,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers.utils import logging as transformers_logging
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.comparison.tasks.evaluate import BLANK, COLUMNS, SUITES, average_accuracy, evaluate_tasks
+from simdiff_utils.comparison.tasks import jobs
+from simdiff_utils.comparison.tasks.evaluate import COLUMNS, evaluate_tasks
 from simdiff_utils.comparison.tasks.lm import SetsLM
 from simdiff_utils.comparison.tasks.load import TaskData
+from simdiff_utils.comparison.tasks.suites import BLANK, SUITES, average_accuracy
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
+from simdiff_utils.files import repository_root
 from simdiff_utils.pruning.export import export_pruned
 from tests.helpers import SETS, build_by_hand, words, write_rows
 
@@ -143,11 +146,10 @@ def test_no_logits_are_kept_for_a_gradient(llama, tokenizer, monkeypatch):
 # ---- results -------------------------------------------------------------------------------------
 
 
-def lm_evals_results(model, tokenizer, data, task, limit=None) -> dict[str, tuple]:
+def lm_evals_results(model, tokenizer, data, task, **options) -> dict[str, tuple]:
     built = data.find(task).build()
     built.set_config("num_fewshot", 0)
-    built.set_fewshot_seed(1234)
-    found = lm_eval.evaluate(as_lm_eval_does(model, tokenizer), {"tasks": {task: built}}, limit=limit)
+    found = lm_eval.evaluate(as_lm_eval_does(model, tokenizer), {"tasks": {task: built}}, **options)
     return {
         name.partition(",")[0]: (value, found["results"][task][name.replace(",", "_stderr,")])
         for name, value in found["results"][task].items()
@@ -169,12 +171,7 @@ def test_results_equal_lm_evals_on_the_model_built_by_hand(llama, tokenizer, dat
                 zip(here["metric"], zip(here["value"], here["stderr"], strict=True), strict=True)
             ) == {metric: pytest.approx(pair) for metric, pair in expected.items()}
     facts = table[table["task"] == "arc_easy"].iloc[0]
-    assert (facts["source"], facts["split"], facts["n_samples"], facts["n_shots"]) == (
-        "folder",
-        "test",
-        12,
-        0,
-    )
+    assert (facts["source"], facts["split"], facts["n_samples"]) == ("folder", "test", 12)
     assert facts["data_sha256"] == data.find("arc_easy").sha256 and facts["task_version"] == "1.0"
     assert set(table[table["task"] == "hellaswag"]["metric"]) == {"acc", "acc_norm"}
 
@@ -209,36 +206,16 @@ def test_written_answers_equal_those_of_the_model_built_by_hand(make_tiny, token
     )
 
 
-def test_few_shot_examples_and_chat_template_reach_the_model(llama, tokenizer, data, tmp_path):
-    write_rows(
-        tmp_path / "piqa" / "train.jsonl",
-        [{"goal": f"w{i}", "sol1": "w3", "sol2": "w4", "label": 0} for i in range(3, 40)],
-    )
-    write_rows(
-        tmp_path / "piqa" / "validation.jsonl",
-        [
-            {"goal": words(random.Random(i), 1, 9), "sol1": f"w{i}", "sol2": f"w{i + 1}", "label": i % 2}
-            for i in range(3, 43)
-        ],
-    )
-    shots, chatty = TaskData(tmp_path), copy.deepcopy(tokenizer)
+def test_the_chat_template_reaches_the_model(llama, tokenizer, data):
+    chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "w90 {{ messages[0]['content'] }} w91 "
-    tables = [
-        evaluate_tasks(Decoder(llama), chatty, [DENSE], ["piqa"], shots, n_shots=n, chat_template=chat)
-        for n, chat in ((0, False), (2, False), (0, True))
-    ]
-    assert [set(table["n_shots"]) for table in tables] == [{0}, {2}, {0}]
-    for table, n, chat in zip(tables, (0, 2, 0), (False, False, True), strict=True):
-        built = shots.find("piqa").build()
-        built.set_config("num_fewshot", n)
-        built.set_fewshot_seed(1234)
-        expected = lm_eval.evaluate(
-            as_lm_eval_does(llama, chatty), {"tasks": {"piqa": built}}, apply_chat_template=chat
-        )["results"]["piqa"]
-        assert table.set_index("metric")["value"].to_dict() == {
-            metric: pytest.approx(expected[f"{metric},none"]) for metric in ("acc", "acc_norm")
-        }
-    assert len({tuple(table["value"]) for table in tables}) == 3  # another question, another answer
+    plain = evaluate_tasks(Decoder(llama), chatty, [DENSE], ["piqa"], data)
+    table = evaluate_tasks(Decoder(llama), chatty, [DENSE], ["piqa"], data, chat_template=True)
+    expected = lm_evals_results(llama, chatty, data, "piqa", apply_chat_template=True)
+    assert dict(zip(table["metric"], table["value"], strict=True)) == {
+        metric: pytest.approx(value) for metric, (value, _) in expected.items()
+    }
+    assert list(plain["value"]) != list(table["value"])  # another question, another answer
 
 
 # ---- kept results --------------------------------------------------------------------------------
@@ -274,14 +251,11 @@ def test_known_results_are_read_without_the_model(llama, tokenizer, data, tmp_pa
     assert kept == {path: path.stat().st_mtime_ns for path in kept}, "what was known is not computed again"
 
 
-@pytest.mark.parametrize(
-    "change", ["limit", "identity", "n_shots", "chat_template", "tokenizer", "rows", "set"]
-)
+@pytest.mark.parametrize("change", ["limit", "identity", "chat_template", "tokenizer", "rows", "set"])
 def test_whatever_a_result_depends_on_makes_another(llama, tokenizer, data_folder, tmp_path, change):
     rows = tmp_path / "rows" / "piqa" / "validation.jsonl"
     made = [{"goal": "w3", "sol1": "w4", "sol2": "w5", "label": i % 2} for i in range(4)]
     write_rows(rows, made)
-    write_rows(rows.with_name("train.jsonl"), made)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     load, given = (
@@ -297,13 +271,35 @@ def test_whatever_a_result_depends_on_makes_another(llama, tokenizer, data_folde
         given |= {
             "limit": {"limit": 3},
             "identity": {"identity": {"weights": "b"}},
-            "n_shots": {"n_shots": 1},
             "chat_template": {"chat_template": True},
             "set": {"sets": [PRUNED]},
         }[change]
     for _ in range(2):
         evaluate_tasks(load, tokenizer, data=TaskData(tmp_path / "rows"), **given)
     assert load.n_loaded == 2
+
+
+def test_results_that_were_measured_are_found_by_the_same_key(tmp_path):
+    stored = (repository_root() / "figures" / "06_ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    stored = [row for row in map(json.loads, stored) if "/tasks/" in row["file"]]
+    assert len(stored) > 100
+    for row in stored:
+        results, facts = row["data"]["results"], row["data"]["depends_on"]
+        assert jobs._path(tmp_path, frozenset(results[0]["removed"]), facts).name == Path(row["file"]).name
+
+
+def test_what_a_result_depends_on_is_what_it_always_was(data):
+    """A fact more or less would lose all results that were measured, see the ledger."""
+    stored = (repository_root() / "figures" / "06_ledger.jsonl").open(encoding="utf-8")
+    known = next(row["data"]["depends_on"] for row in map(json.loads, stored) if "/tasks/" in row["file"])
+    ours = ("lm_eval", "tokenizer", "limit", "chat_template", "identity")  # given by evaluate_tasks
+    job = jobs.Job.plan(data.find("piqa"), {name: known[name] for name in ours}, (DENSE,), None)
+    assert set(job.facts) == set(known)
+    assert (
+        (job.facts["n_shots"], job.facts["shots_sha256"])
+        == (0, "")
+        == (known["n_shots"], known["shots_sha256"])
+    )
 
 
 def test_a_run_that_was_cut_off_goes_on_at_its_task(llama, tokenizer, data, tmp_path, monkeypatch):
@@ -408,8 +404,6 @@ def test_suites_are_the_papers_and_blank_cells_have_sentences():
         ({"tasks": ["sciq"]}, "no rows for sciq"),
         ({"sets": [frozenset({6})]}, "layers 0 to 5"),
         ({"limit": 0}, "limit"),
-        ({"n_shots": -1}, "n_shots"),
-        ({"n_shots": 1}, "n_shots = 0"),
         ({"chat_template": True}, "no chat template"),
     ],
 )

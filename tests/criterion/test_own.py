@@ -80,7 +80,6 @@ def test_a_new_criterion_is_a_function_and_a_row(write_module, settings, monkeyp
     assert style.look("plain-masd")["color"] == "#123456"
 
 
-@pytest.mark.xfail(strict=True, reason="pictures read tables made at import; they are to ask style.look")
 def test_a_new_criterion_is_drawn(write_module, settings, monkeypatch):
     write_module(MASD)
     monkeypatch.setitem(registry.CRITERIA, "plain-masd", registry.Criterion("plain MASD", "nobody", OWN))

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.recovery import distillation, trainer
-from simdiff_utils.recovery.data import block_rows
 from simdiff_utils.recovery.distillation import distillation_loss
 from simdiff_utils.recovery.lora import train_lora
 from simdiff_utils.recovery.recipe import PRESETS, PROJECTIONS, Recipe, lora_config, recipe_for
+from simdiff_utils.recovery.training_rows import block_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Recipe(

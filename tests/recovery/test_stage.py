@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.recovery.stage import Ladder
+from simdiff_utils.recovery import stage
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 SMALL = dict(
@@ -35,9 +36,7 @@ SMALL = dict(
 def ladder(tiny_model, tiny_text, tmp_path, monkeypatch):
     """Function: settings -> a ladder on the tiny model, in a run folder of its own."""
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "runs"))
-    return lambda **settings: Ladder(
-        Settings(model=str(tiny_model), text=str(tiny_text), **(SMALL | settings))
-    )
+    return lambda **settings: Run(Settings(model=str(tiny_model), text=str(tiny_text), **(SMALL | settings)))
 
 
 RUNGS = [
@@ -52,7 +51,7 @@ RUNGS = [
 
 def test_every_rung_is_made_once_and_measured_as_it_was_written(ladder):
     run = ladder()
-    table = run.compare_rungs(RUNGS)
+    table = stage.compare_rungs(run, RUNGS)
     assert table["rung"].tolist() == [
         "dense",
         "pruned",
@@ -72,19 +71,20 @@ def test_every_rung_is_made_once_and_measured_as_it_was_written(ladder):
     assert (table["seconds"] > 0).tolist()[4:] == [True] * 3  # a repair of so small a model rounds to none
     assert (table["seconds"][:2] == 0).all()
     for pair in RUNGS[1:]:
-        model = AutoModelForCausalLM.from_pretrained(run.rung(*pair).recovered_checkpoint()).eval()
+        rung = run.replace(repair=pair[0], training=pair[1])
+        model = AutoModelForCausalLM.from_pretrained(stage.recovered_checkpoint(rung)).eval()
         blocks = run.blocks("test")
         with torch.inference_mode():
             loss = np.mean([model(input_ids=block[None], labels=block[None]).loss.item() for block in blocks])
-        row = table[table["rung"] == run.rung(*pair).name].iloc[0]
+        row = table[table["rung"] == stage.rung_name(rung)].iloc[0]
         assert row["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")}
-    pd.testing.assert_frame_equal(ladder().compare_rungs(RUNGS), table)
+    pd.testing.assert_frame_equal(stage.compare_rungs(ladder(), RUNGS), table)
     assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")}
 
 
 def test_the_pruned_model_alone_is_a_table_too(ladder):
-    table = ladder().compare_rungs([("none", "none")])
+    table = stage.compare_rungs(ladder(), [("none", "none")])
     assert table["rung"].tolist() == ["dense", "pruned"]
     assert table[["seconds", "n_tokens", "n_trained", "share"]].to_numpy().tolist() == [
         [0, 0, 0, 1],
@@ -94,7 +94,7 @@ def test_the_pruned_model_alone_is_a_table_too(ladder):
 
 def test_what_a_recovery_leaves(ladder):
     run = ladder(repair="linear", training="lora", report_to="tensorboard")
-    folder = run.recovery()
+    folder = stage.train(run)
     assert {path.name for path in folder.iterdir()} == {
         "model",
         "adapter",
@@ -119,14 +119,14 @@ def test_export_in_16_bit_to_a_folder_of_the_users(ladder, tmp_path):
     run = ladder(
         repair="linear", training="lora", export_dtype="bfloat16", export_to=str(tmp_path / "healed")
     )
-    assert run.recovered_checkpoint() == tmp_path / "healed"
+    assert stage.recovered_checkpoint(run) == tmp_path / "healed"
     tensors = load_file(tmp_path / "healed" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    whole = ladder(repair="linear", training="lora").recovered_checkpoint()
+    whole = stage.recovered_checkpoint(ladder(repair="linear", training="lora"))
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(tensor.bfloat16(), tensors[name])  # rounded once, after all that was learned
     with pytest.raises(SimDiffError, match="healed exists already"):
-        run.recovered_checkpoint()
+        stage.recovered_checkpoint(run)
 
 
 def test_rows_of_a_file_through_the_alpaca_template(ladder, tmp_path):
@@ -134,7 +134,7 @@ def test_rows_of_a_file_through_the_alpaca_template(ladder, tmp_path):
     rows = [{"instruction": f"w{5 + i}", "input": "", "output": "w7 w8"} for i in range(30)]
     path.write_text("\n".join(map(json.dumps, rows)))
     run = ladder(train_data=str(path), max_length=64)
-    facts = json.loads((run.recovery() / "result.json").read_text())
+    facts = json.loads((stage.train(run) / "result.json").read_text())
     assert facts["template"] == "Alpaca"
     assert facts["n_steps"] == 4
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from simdiff_utils import SimDiffError
+from simdiff_utils.parameters import MORE
 from simdiff_utils.settings import Settings
 from workflow import plan as plan_module
 from workflow.plan import ASKED, NOTEBOOKS, NotebookRun, declared, plan_runs, read_config
@@ -85,7 +86,7 @@ def test_a_number_of_layers_that_is_added_leaves_the_others_alone():
     [
         (dict(n_pairs=2), {"05"}),
         (dict(max_steps=3), {"04"}),
-        (dict(n_test=3), {"03", "04"}),
+        (dict(n_test=3), {"03", "04", "05"}),
         (dict(seq_len=64), set(NOTEBOOKS)),
         (dict(n_windows=4), {"06"}),
         (dict(n_validation=9), {"02", "03", "04", "05", "06"}),
@@ -181,7 +182,7 @@ def test_a_models_name_is_data_never_a_path(model):
 @pytest.mark.parametrize("number", NOTEBOOKS)
 def test_parameters_are_read_from_the_notebook_itself(number):
     names = declared(FOLDER / f"{NOTEBOOKS[number]}.ipynb")
-    assert {"model", "text", "seed", "result_file"} <= set(names) <= set(vars(Settings()))
+    assert {"model", "text", "seed", "result_file"} <= set(names) <= {*Settings.model_fields, MORE}
 
 
 @pytest.mark.parametrize(

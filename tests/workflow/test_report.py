@@ -43,7 +43,8 @@ def report(tmp_path):
     executed.parent.mkdir()
     executed.write_text("{}")
     runs = {
-        f"model/03-masd-{k}-a.json": NotebookRun("03_pruning", settings | {"n_remove": k}) for k in (2, 3, 4)
+        f"model/03-masd-{k}-a.json": NotebookRun("03_pruning", settings | {"n_remove": k}, {})
+        for k in (2, 3, 4)
     }
     write_report(batch, runs, batch / "report.html", {"model/03-masd-3-a.json": f"out of memory {EVIL}"})
     return batch / "report.html"

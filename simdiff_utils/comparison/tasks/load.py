@@ -1,9 +1,8 @@
-"""Data of benchmark tasks: a folder of local files, the hub, or an embedded copy; always lm-eval's own task
-on top.
+"""Data of benchmark tasks: a folder of local files, the hub, or an embedded copy; on top lm-eval's own task.
 
 lm-eval's task file says the prompt, the target, the metrics and the version; only where the rows come from is
-replaced, and splits that the source lacks are taken out of the task, so that it scores one that is there.
-Tasks that lm-eval lacks, or cannot load beside transformers 5, stand in `lm_eval_tasks/` of this package.
+replaced, and all splits but the scored one are taken out of the task: it is asked zero-shot. Tasks that
+lm-eval lacks, or cannot load beside transformers 5, stand in `lm_eval_tasks/` of this package.
 """
 
 import functools
@@ -17,8 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simdiff_utils import SimDiffError, one_line
-from simdiff_utils.comparison.tasks import sources as task_sources
-from simdiff_utils.comparison.tasks.sources import SPLIT_KEYS, named_splits
+from simdiff_utils.comparison.tasks.sources import (
+    MissingData,
+    from_embedded,
+    from_folder,
+    from_hub,
+    scored_splits,
+)
 
 if TYPE_CHECKING:  # both are slow to import, and not needed until there is a task
     from datasets import Dataset
@@ -29,25 +33,23 @@ _NAME_LINE = r"^[\"']?task[\"']?:[ \t]*[\"']?([\w.:-]+)[\"']?[ \t]*$"  # of a ta
 _OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
 
 
-class MissingData(SimDiffError):
-    """A task's rows are in no source; the sentence can stand where its result would."""
-
-
 @dataclass(frozen=True)
 class TaskRows:
     """Rows of one task, and what to score them with.
 
     Attributes:
         task: its name in lm-eval.
-        config: the task file, its functions resolved; splits that are not there are None.
+        config: the task file, its functions resolved.
         source: "folder", "hub" or "embedded".
-        splits: name -> rows, `datasets.Dataset`.
+        split: name of the scored split, as the task file has it.
+        rows: that split's rows.
     """
 
     task: str
     config: dict
     source: str
-    splits: dict
+    split: str
+    rows: "Dataset"
 
     @property
     def version(self) -> str:
@@ -59,38 +61,13 @@ class TaskRows:
         """Answers are texts to be written, not continuations to be scored."""
         return self.config.get("output_type", "generate_until") == "generate_until"
 
-    @property
-    def split(self) -> str:
-        """The split that lm-eval scores: test where there is one, else validation."""
-        return self.config["test_split"] or self.config["validation_split"]
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of that split."""
-        return len(self.splits[self.split])
-
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of that split's rows as JSON, in order: the same rows from another source hash alike."""
-        return _hash_rows(self.splits[self.split])
-
-    def shots_sha256(self) -> str:
-        """Hash of what few-shot examples are drawn from, by lm-eval's rule.
-
-        Raises:
-            SimDiffError: there are no rows but the scored ones.
-        """
-        own = self.config.get("fewshot_config") or {}
-        split = own.get("split") or self.config["fewshot_split"]
-        if not split and own.get("samples"):
-            return "examples of the task file"
-        split = split or self.config["training_split"] or self.config["validation_split"]
-        if split in (None, self.split):
-            raise SimDiffError(
-                f"{self.task} has no rows for few-shot examples beside those it scores ({self.split}): "
-                "set n_shots = 0, or add its train split to the data folder."
-            )
-        return _hash_rows(self.splits[split])
+        """Hash of the rows as JSON, in order: the same rows from another source hash alike."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+        return digest.hexdigest()
 
     def build(self) -> "ConfigurableTask":
         """lm-eval's task over these rows.
@@ -100,27 +77,29 @@ class TaskRows:
         """
         from lm_eval.api.task import ConfigurableTask
 
-        config = {
-            key: value for key, value in self.config.items() if key not in ("tag", "group", "task_list")
-        }
+        unread = ("tag", "group", "task_list", "fewshot_config")
+        config = {key: value for key, value in self.config.items() if key not in unread}
+        for key in ("training_split", "fewshot_split", "validation_split", "test_split"):
+            config[key] = self.split if key == self._split_key else None
         if config.get("process_docs"):  # lm-eval asks for the same rows again and again
             config["process_docs"] = functools.cache(config["process_docs"])
+        config["custom_dataset"] = lambda **_metadata: {self.split: self.rows}
         try:
-            task = ConfigurableTask(config=config | {"custom_dataset": lambda **_metadata: self.splits})
-            for field_name in map(config.get, ("doc_to_text", "doc_to_target", "doc_to_choice")):
+            task = ConfigurableTask(config=config)
+            for name in map(config.get, ("doc_to_text", "doc_to_target", "doc_to_choice")):
                 # lm-eval takes a field that is not there for a text, and scores every answer against it
-                if (
-                    isinstance(field_name, str)
-                    and field_name.isidentifier()
-                    and field_name not in task.features
-                ):
-                    raise KeyError(field_name)
+                if isinstance(name, str) and name.isidentifier() and name not in task.features:
+                    raise KeyError(name)
         except Exception as error:  # whatever a task's functions make of a row they do not know
             raise SimDiffError(
                 f"lm-eval cannot make a question of the rows of {self.task} ({self.source}; "
                 f"{type(error).__name__}: {one_line(error)}): give them the hub's fields."
             ) from error
         return task
+
+    @property
+    def _split_key(self) -> str:
+        return "test_split" if self.config.get("test_split") == self.split else "validation_split"
 
 
 @dataclass(frozen=True)
@@ -171,41 +150,26 @@ class TaskData:
 
     def _find(self, task: str) -> TaskRows:
         config = _load_config(task)
-        load = {
-            "folder": functools.partial(task_sources.from_folder, self.folder),
-            "hub": task_sources.from_hub,
-            "embedded": task_sources.from_embedded,
-        }
+        local = functools.partial(from_folder, self.folder)
+        load = {"folder": local, "hub": from_hub, "embedded": from_embedded}
         reasons = []
         for source in self.sources:
-            splits, reason = load[source](task, config)
-            found = _without_splits(config, set(named_splits(config)) - set(splits))
-            if found["test_split"] or found["validation_split"]:
-                return TaskRows(task, found, source, splits)
-            reasons.append(reason)
-        wanted = config.get("test_split") or config.get("validation_split")
+            try:
+                return TaskRows(task, config, source, *load[source](task, config))
+            except MissingData as error:
+                reasons.append(str(error))
+        wanted = next(iter(scored_splits(config)), "test")
         raise MissingData(
             f"there are no rows for {task} ({'; '.join(reasons)}): put {task}/{wanted}.jsonl.gz into the "
             "data folder, or leave the task out."
         )
 
 
-def _without_splits(config: dict, absent: set[str]) -> dict:
-    """The task file as if it had never spoken of some splits; each of SPLIT_KEYS is there."""
-    cut = config | {key: None if config.get(key) in absent else config.get(key) for key in SPLIT_KEYS}
-    if (config.get("fewshot_config") or {}).get("split") in absent:
-        cut["fewshot_config"] = {
-            key: value for key, value in config["fewshot_config"].items() if key != "split"
-        }
-    return cut
-
-
 @functools.cache
 def _task_files() -> dict[str, Path]:
     """Task -> task file, ours before lm-eval's; of several of a name the first, as in lm-eval.
 
-    lm-eval's own index parses thousands of files, which takes ten times as long as looking for one line in
-    each.
+    lm-eval's own index parses thousands of files: ten times as long as looking for one line in each.
     """
     lm_eval_tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
     files = {}
@@ -216,8 +180,7 @@ def _task_files() -> dict[str, Path]:
 
 
 def _load_config(task: str) -> dict:
-    """The task file with its functions; an inline dict would not merge with lm-eval's task of the same
-    name."""
+    """The task file with its functions; an inline dict would not merge with lm-eval's task of that name."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     path = _task_files().get(task)
@@ -237,10 +200,3 @@ def _load_config(task: str) -> dict:
             f"lm-eval's task {task} is a program of its own, whose rows cannot be replaced: leave it out."
         )
     return config
-
-
-def _hash_rows(rows: "Dataset") -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return digest.hexdigest()

@@ -3,7 +3,6 @@ on."""
 
 import copy
 import gzip
-import itertools
 import json
 import re
 
@@ -13,8 +12,8 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.recovery import data as training_data
-from simdiff_utils.recovery.data import block_rows, hash_rows, load_rows, pad_rows, pad_token_id
+from simdiff_utils.recovery import templates, training_rows
+from simdiff_utils.recovery.training_rows import block_rows, hash_rows, load_rows, pad_rows, pad_token_id
 
 ROWS = [
     {"instruction": f"w{10 + i}", "input": "w5" if i % 2 else "", "output": f"w{40 + i} w7"}
@@ -95,12 +94,12 @@ def test_alpaca_rows_are_prompt_and_answer_without_eos(tmp_path, tokenizer, name
 
 
 def test_template_is_alpacas():
-    text = training_data.ALPACA_WITH_INPUT.format(instruction="Add.", input="1, 2", output="3")
+    text = templates.ALPACA_WITH_INPUT.format(instruction="Add.", input="1, 2", output="3")
     assert text.startswith(
         "Below is an instruction that describes a task, paired with an input that provides further "
     )
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3")
-    text = training_data.ALPACA_WITHOUT_INPUT.format(instruction="Add.", output="3")
+    text = templates.ALPACA_WITHOUT_INPUT.format(instruction="Add.", output="3")
     assert text == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the "
         "request.\n\n### Instruction:\nAdd.\n\n### Response:\n3"
@@ -187,12 +186,8 @@ def test_alpaca_rows_as_chats_on_request(tmp_path, source, chatty):
     assert sorted(ids_of(rows)) == [[1, 91, 10 + i, *[5] * (i % 2), 2, 92, 40 + i, 7, 2] for i in range(30)]
     assert rows.template == "chat template of the model"
     assert load_rows(source, chatty, 256, seed=0).template == "Alpaca"
-    seen = [
-        training_data._render_alpaca(
-            {"instruction": "Add.", "input": given, "output": "3"}, "Row 1", chatty, True
-        )
-        for given in ("1, 2", "")
-    ]
+    adding = [{"instruction": "Add.", "input": given, "output": "3"} for given in ("1, 2", "")]
+    seen, _ = templates.render_rows(adding, "a.json", chatty, chat_template=True)
     assert [re.findall("w91 (.*?) <eos>", text, re.DOTALL) for text in seen] == [["Add.\n\n1, 2"], ["Add."]]
 
 
@@ -201,10 +196,9 @@ def test_a_template_that_writes_the_date_gives_the_same_rows_every_day(tmp_path,
         "\n{% set day = strftime_now('%d %b %Y') %}{{ day }}|{{ strftime_now('%d %B %Y') }}|"
         "{{ strftime_now('%Y-%m-%d') }}|{{ messages[0].content }}"
     )
-    text = training_data._render_chat(
-        [{"role": "user", "content": "w5"}], "Row 1", make_tokenizer(chat_template=template)
-    )
-    assert text == "\n26 Jul 2024|26 July 2024|2024-07-26|w5"
+    chat = {"messages": [{"role": "user", "content": "w5"}]}
+    seen, _ = templates.render_rows([chat], "a.json", make_tokenizer(chat_template=template), False)
+    assert seen == ["\n26 Jul 2024|26 July 2024|2024-07-26|w5"]
 
 
 def test_no_chat_template(tmp_path, source, tokenizer):
@@ -219,7 +213,7 @@ def test_no_chat_template(tmp_path, source, tokenizer):
     [
         (
             [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
-            r"Row 31 of \S+rows.json is refused by .*chat template \(System role not supported here\): change that row",
+            r"Row 31 of \S+ is refused by .*chat template \(System role not supported here\): change that",
         ),
         ([], r"Row 31 of \S+rows.json is refused by .*empty conversation"),
         (
@@ -286,7 +280,7 @@ def test_rows_are_drawn_by_the_seed(source, tokenizer):
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_batches_lose_no_row(source, tokenizer, monkeypatch, batch):
     before = load_rows(source, tokenizer, 256, seed=0)
-    monkeypatch.setattr(training_data, "BATCH", batch)
+    monkeypatch.setattr(training_rows, "BATCH", batch)
     assert load_rows(source, tokenizer, 256, seed=0) == before
 
 
@@ -325,33 +319,18 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, tokenizer, row, sentence):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        (
-            "a.jsonl",
-            b'{"text": "a b"}\n{"text": "a",\n',
-            "no JSON list and no JSON lines file: line 2 is not JSON",
-        ),
-        ("a.json", b'[{"text": "a b"},\n{"text"', "is no complete JSON list"),
-        ("a.json", b"", "is empty"),
-        ("a.jsonl", b" \n\n", "is empty"),
-        ("a.json", b"[]", "holds 0 rows; training and validation need at least 2"),
-        ("a.jsonl", b'{"text": "a b"}\n', "holds 1 rows"),
-        (
-            "a.json",
-            b'{"version": 1,\n "data": [{"text": "a"}]}',
-            "one JSON dict with the fields version, data, where",
-        ),
-        ("a.json", b"7", "one JSON int, where a list"),
-        ("a.json", '[{"text": "ä"}]'.encode("latin-1"), "cannot be read as UTF-8 text"),
-        ("a.json.gz", b'[{"text": "a"}]', "cannot be read as UTF-8 text"),
-        ("a.json.gz", gzip.compress(b'[{"text": "a"}]' * 99, mtime=0)[:-9], "cannot be read as UTF-8 text"),
-        ("a.json.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 99, "cannot be read as UTF-8 text"),
+        ("a.jsonl", b'{"text": "a b"}\n{"text": "a",\n', "line 2 of .*/a.jsonl is not JSON"),
+        ("a.json", b"[]", "Of the 0 rows of .*a.json, .* need at least 2 such rows"),
+        ("a.jsonl", b'{"text": "w5 w6"}\n', "Of the 1 rows of .*a.jsonl, cut to 256 tokens, 1 have"),
+        ("a.json", b'{"version": 1, "data": [{"text": "a"}]}', "its fields are: version, data"),
+        ("a.json", b"7", "its fields are: none, being a int"),
+        ("a.json.gz", b'[{"text": "a"}]', "a.json.gz cannot be read as UTF-8 text"),
         ("a.txt", b"a text", r"no data set .* \.json, \.jsonl, .* plain text .* with the parameter text"),
     ],
-    ids=itertools.count(),
 )
 def test_files_that_cannot_be_read(tmp_path, tokenizer, name, content, sentence):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SimDiffError, match=rf"{name} .*{sentence}|{name} {sentence}") as refused:
+    with pytest.raises(SimDiffError, match=sentence) as refused:
         load_rows(str(tmp_path / name), tokenizer, 256, seed=0)
     assert "\n" not in str(refused.value)
 
@@ -364,27 +343,12 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer, name, content, sentence)
         ("some/gone.txt", "plain text is trained on as the run's own"),
         ("text", "plain text is trained on as the run's own"),
         ("wikitext2", "no data set this can train on: give a hub data set as org/name"),
-        (
-            "nobody/no-such-data",
-            r"nobody/no-such-data could not be loaded \(\w+: .* check the name; offline, give",
-        ),
+        ("nobody/no-such-data", r"does not give nobody/no-such-data \(.*\): check the name; offline, give"),
     ],
 )
 def test_sources_that_are_not_there(tokenizer, source, sentence):
     with pytest.raises(SimDiffError, match=sentence):
         load_rows(source, tokenizer, 256, seed=0)
-
-
-def test_a_byte_order_mark_blank_lines_and_line_separators_in_a_text(tmp_path, tokenizer):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('\ufeff{"text": "w5\u2028w6"}\r\n\r\n{"text": "w7\x85w8"}\r\n', encoding="utf-8")
-    assert sorted(ids_of(load_rows(str(path), tokenizer, 256, seed=0))) == [[5, 6], [7, 8]]
-
-
-def test_a_file_is_seen_from_the_notebooks_folder(tmp_path, tokenizer, monkeypatch):
-    write_rows(tmp_path / "rows.json", ROWS)
-    monkeypatch.setattr(training_data, "repository_root", lambda: tmp_path)
-    assert load_rows("rows.json", tokenizer, 256, seed=0).train
 
 
 @pytest.mark.parametrize("rows", [ROWS, CHATS, TEXTS])
@@ -423,8 +387,8 @@ def test_a_missing_pad_token_is_told(source, tokenizer, make_tokenizer):
     without = make_tokenizer(pad_token=None)
     assert pad_token_id(without) == 2
     assert load_rows(source, without, 256, seed=0).notes == (
-        "The tokenizer has no pad token: short rows are filled up with its EOS token (id 2), which is masked, so that "
-        "nothing is learned from it.",
+        "The tokenizer has no pad token: short rows are filled up with its EOS token (id 2), which is "
+        "masked, so that nothing is learned from it.",
     )
     bare = make_tokenizer(pad_token=None, eos_token=None)
     assert pad_token_id(bare) == 0
