@@ -32,7 +32,8 @@ from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.shapes import SHAPES, random_model
 from simdiff_utils.provenance import describe_machine
 from simdiff_utils.speed.bound import Rates, Work, bound_phases, ideal_seconds, measure_rates
-from simdiff_utils.speed.timing import KEYS, PROTOCOLS, measure_speed, summarise_speed, without_layers
+from simdiff_utils.speed.generate import PROTOCOLS
+from simdiff_utils.speed.timing import KEYS, measure_speed, summarise_speed, without_layers
 
 EMBEDDED = {"smollm2": "embedded:smollm2-135m-instruct", "gemma": "embedded:gemma-3-270m"}
 SAMPLES, DEPTH = "05_speed_samples.csv", "05_speed_depth.csv"

