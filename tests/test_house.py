@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "simdiff_utils"
 FILES = sorted(PACKAGE.rglob("*.py"))
 WIDTH, LONGEST, ENTRIES = 110, 260, 20
+CODE_LINES = 6_600  # of the whole package, docstrings, comments and blank lines aside
 # From the ground up: a module or room may import those that stand before it, and others on its own floor that
 # come before it in the line.
 FLOORS = (
@@ -56,6 +57,21 @@ def test_a_file_is_short_and_narrow(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= LONGEST, f"{len(lines)} lines: split it by subject"
     assert max(map(len, lines), default=0) <= WIDTH
+
+
+def count_code(path: Path) -> int:
+    """Lines that are neither blank nor a comment nor part of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    first = [node.body[0] for node in ast.walk(ast.parse(text)) if isinstance(node, documented) and node.body]
+    strings = [node for node in first if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    words = {number for node in strings for number in range(node.lineno, node.end_lineno + 1)}
+    lines = enumerate(map(str.strip, text.splitlines()), start=1)
+    return sum(bool(line) and not line.startswith("#") and number not in words for number, line in lines)
+
+
+def test_the_package_stays_small():
+    assert sum(map(count_code, FILES)) <= CODE_LINES
 
 
 def test_the_package_has_few_entries_at_its_top():
