@@ -49,7 +49,7 @@ help:  ## show this list
 	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
 	@echo "  TEXT=       embedded:wikipedia, wikitext2, a hub data set, or a text or JSONL file"
 	@echo "  K=          how many layers to remove"
-	@echo "  CRITERION=  how layers are chosen: cosine, masd, portfolio ... (all: CRITERIA in simdiff_utils/settings.py)"
+	@echo "  CRITERION=  how layers are chosen: cosine, masd, portfolio ... (all: notebook 06)"
 	@echo "  ALPHA=      auto, or a number in [0, 1]"
 	@echo "  DTYPE=      auto, float32, bfloat16 or float16"
 

@@ -81,8 +81,13 @@ def as_lm_eval_does(model, tokenizer, **options) -> HFLM:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "cohere2", "opt"])
+@pytest.mark.parametrize(
+    ("name", "batch_tokens"),
+    [
+        *((name, 64) for name in ("llama", "gemma3", "gpt2", "falcon", "mixtral", "cohere2", "opt")),
+        *(("llama", batch_tokens) for batch_tokens in (1, 10_000)),
+    ],
+)
 def test_answers_equal_lm_evals_own_model(make_tiny, tokenizer, name, batch_tokens):
     model, asked = make_tiny(name), requests_of(random.Random(1))
     sets = (DENSE, *SETS)
@@ -188,7 +193,8 @@ def test_limit_takes_the_first_documents(llama, tokenizer, data):
 
 
 def test_written_answers_equal_those_of_the_model_built_by_hand(make_tiny, tokenizer, data):
-    model = make_tiny("llama", max_position_embeddings=512)  # lm-eval lets CoQA write 256 tokens
+    model = make_tiny("llama", max_position_embeddings=128)
+    data.find("coqa").config["generation_kwargs"]["max_gen_toks"] = 40  # lm-eval lets CoQA write 256
     task = data.find("coqa").build()
     task.build_all_requests(limit=1, rank=0, world_size=1)
     answers = SetsLM(Decoder(model), copy.deepcopy(tokenizer), (DENSE, PRUNED))
@@ -282,7 +288,7 @@ def test_whatever_a_result_depends_on_makes_another(llama, tokenizer, data_folde
 def test_results_that_were_measured_are_found_by_the_same_key(tmp_path):
     stored = (repository_root() / "figures" / "06_ledger.jsonl").read_text(encoding="utf-8").splitlines()
     stored = [row for row in map(json.loads, stored) if "/tasks/" in row["file"]]
-    assert len(stored) > 100
+    assert stored
     for row in stored:
         results, facts = row["data"]["results"], row["data"]["depends_on"]
         assert jobs._path(tmp_path, frozenset(results[0]["removed"]), facts).name == Path(row["file"]).name
