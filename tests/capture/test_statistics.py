@@ -12,11 +12,12 @@ from simdiff_utils import SimDiffError
 from simdiff_utils.capture import statistics as capture
 from simdiff_utils.capture.peak import measure_capture_memory
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
-from simdiff_utils.criterion.equations import FORMS, normalise
+from simdiff_utils.criterion.equations import normalise
 from simdiff_utils.engine import load as models
 from simdiff_utils.engine.decoder import Decoder, stream_decoder
 from simdiff_utils.files import repository_root
 from simdiff_utils.models.checkpoints import checkpoint_folder
+from simdiff_utils.registry import of_kind
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 
@@ -335,7 +336,7 @@ def test_a_table_of_all_samples_is_the_table_and_serves_every_form(llama, blocks
     table, of_all = captured.table(), captured.table_of(np.arange(len(blocks)))
     for name in STATISTICS:
         np.testing.assert_allclose(of_all[name], table[name], rtol=1e-12)
-    for form in FORMS:
+    for form in of_kind("line"):
         np.testing.assert_allclose(normalise(of_all, form), normalise(table, form), rtol=1e-9, atol=1e-12)
 
 

@@ -12,7 +12,9 @@ from simdiff_utils.capture.peak import measure_capture_memory
 from simdiff_utils.files import repository_root
 from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.own_code import needs_own_code
-from simdiff_utils.recovery.stage import Ladder
+from simdiff_utils.pruning.stage import pruned_checkpoint, removed_layers
+from simdiff_utils.recovery.stage import recovered_checkpoint
+from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 from simdiff_utils.speed.memory import measure_peak_memory
 from simdiff_utils.speed.timing import Protocol
@@ -82,9 +84,10 @@ def trusted(tmp_path, llama, tokenizer, tiny_text, monkeypatch, request):
 
 
 def test_a_trusted_model_is_pruned_healed_and_opens_in_plain_transformers(trusted, tmp_path, llama, blocks):
-    run = Ladder(Settings(**trusted, training="lora"))
+    run = Run(Settings(**trusted, training="lora"))
     assert type(run.model).__name__ == "MineForCausalLM"
-    exported, removed = run.pruned_checkpoint(), run.removed()
+    exported = pruned_checkpoint(run)
+    removed = removed_layers(exported)
     assert len(removed) == 2 and (exported / "modeling_mine.py").exists()
     torch.save(blocks, tmp_path / "blocks.pt")
     code = (
@@ -94,7 +97,7 @@ def test_a_trusted_model_is_pruned_healed_and_opens_in_plain_transformers(truste
         "print(type(m).__name__)"
     )
     found = {}
-    for name, folder in (("exported", exported), ("healed", run.recovered_checkpoint())):
+    for name, folder in (("exported", exported), ("healed", recovered_checkpoint(run))):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
         said = subprocess.run(
             [sys.executable, "-c", code, folder, tmp_path / "blocks.pt", tmp_path / "logits.pt"],
@@ -111,9 +114,9 @@ def test_a_trusted_model_is_pruned_healed_and_opens_in_plain_transformers(truste
 
 
 def test_fresh_processes_trust_what_their_parent_trusts(trusted):
-    run = Ladder(Settings(**trusted))
+    run = Run(Settings(**trusted))
     memory = measure_peak_memory(
-        run.pruned_checkpoint(), torch.float32, Protocol(prompt_len=4, n_new_tokens=2, batch_size=1)
+        pruned_checkpoint(run), torch.float32, Protocol(prompt_len=4, n_new_tokens=2, batch_size=1)
     )
     assert memory["peak"] > 0 and memory["kv_cache"] > 0
     table = measure_capture_memory(run.checkpoint.folder, "float32", [2], 8)
