@@ -80,7 +80,7 @@ def layers_merged(model: PreTrainedModel, merges: tuple[Merge, ...]) -> Iterator
             if any(_shapes(other) != _shapes(mine) for other in others):
                 raise SimDiffError(
                     f"layers {sorted({stays, *folded})} of {type(model).__name__} are not built alike "
-                    "and cannot be merged; use a method that only removes layers."
+                    "and cannot be merged; use a criterion that only removes layers."
                 )
             for name, parameter in mine.items():
                 before = parameter.detach().clone()
