@@ -17,7 +17,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class Recipe:
     """How the adapters are trained; lengths in tokens, batch sizes in sequences."""
 
-    data: str  # "text": the train split of the run's own text; else a hub id or a local file, see `training_rows`
+    data: str  # "text": the train split of the run's own text, else see `training_rows.load_rows`
     learning_rate: float
     batch_size: int  # a step sees this many sequences ...
     micro_batch_size: int  # ... this many at a time, which is what memory has to hold
