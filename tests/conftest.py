@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else is
@@ -11,6 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from simdiff_utils.run import Run
+from simdiff_utils.settings import Settings
 from tests.helpers import FAMILIES, VOCAB_SIZE, build_tiny, build_tokenizer, words, write_rows
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -74,6 +77,30 @@ def tiny_text(tmp_path_factory) -> Path:
     rows = [{"text": " ".join(f"w{3 + (i * i + j * j) % 60}" for j in range(80))} for i in range(60)]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_model, tiny_text) -> Settings:
+    """A run on the tiny model that evaluates every candidate; a module may have settings of its own."""
+    return Settings(
+        model=str(tiny_model),
+        text=str(tiny_text),
+        n_samples=4,
+        seq_len=16,
+        n_validation=12,
+        n_test=6,
+        criteria=["cosine", "masd", "relative", "portfolio"],
+        n_remove_grid=[1, 2, 4],
+        n_remove=2,
+        exact=True,
+    )
+
+
+@pytest.fixture
+def make_run(settings, tmp_path, monkeypatch) -> Callable[..., Run]:
+    """Function: settings that differ -> a run with a folder of the test's own."""
+    monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "runs"))
+    return lambda **differing: Run(settings.replace(**differing))
 
 
 @pytest.fixture(scope="session")

@@ -21,35 +21,10 @@ from simdiff_utils.engine.decoder import stream_decoder
 from simdiff_utils.engine.perplexity import perplexity
 from simdiff_utils.engine.surgery import layers_removed
 from simdiff_utils.registry import CRITERIA
-from simdiff_utils.run import Run
-from simdiff_utils.settings import Settings
 from tests.helpers import merge_by_hand
 
 GRID = [1, 2, 4]
 NAMES = ["cosine", "masd", "relative", "portfolio"]
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model, tiny_text):
-    return Settings(
-        model=str(tiny_model),
-        text=str(tiny_text),
-        n_samples=4,
-        seq_len=16,
-        n_validation=12,
-        n_test=6,
-        criteria=NAMES,
-        n_remove_grid=GRID,
-        n_remove=2,
-        exact=True,
-    )
-
-
-@pytest.fixture
-def make_run(settings, tmp_path, monkeypatch):
-    """Function: settings that differ -> a run with a folder of the test's own."""
-    monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "runs"))
-    return lambda **differing: Run(settings.replace(**differing))
 
 
 @torch.inference_mode()

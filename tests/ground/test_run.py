@@ -13,34 +13,15 @@ from simdiff_utils.criterion import stage
 from simdiff_utils.pruning import stage as pruning
 from simdiff_utils.pruning.stage import pruned_checkpoint
 from simdiff_utils.recovery import stage as recovery
-from simdiff_utils.run import Run, is_sound
-from simdiff_utils.settings import Settings
+from simdiff_utils.run import is_sound
 from simdiff_utils.speed import stage as speed
 
 GRID = [1, 2, 4]
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model, tiny_text):
-    return Settings(
-        model=str(tiny_model),
-        text=str(tiny_text),
-        n_samples=4,
-        seq_len=16,
-        n_validation=12,
-        n_test=6,
-        criteria=["cosine", "masd"],
-        n_remove_grid=GRID,
-        n_remove=2,
-        exact=True,
-    )
-
-
-@pytest.fixture
-def make_run(settings, tmp_path, monkeypatch):
-    """Function: settings that differ -> a run with a folder of the test's own."""
-    monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "runs"))
-    return lambda **differing: Run(settings.replace(**differing))
+def settings(settings):
+    return settings.replace(criteria=["cosine", "masd"])
 
 
 def cut_off(path):

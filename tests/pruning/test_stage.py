@@ -7,34 +7,9 @@ import pytest
 from simdiff_utils import SimDiffError
 from simdiff_utils.criterion import stage
 from simdiff_utils.pruning.stage import pruned_checkpoint
-from simdiff_utils.run import Run
-from simdiff_utils.settings import Settings
 
 GRID = [1, 2, 4]
 NAMES = ["cosine", "masd", "relative", "portfolio"]
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model, tiny_text):
-    return Settings(
-        model=str(tiny_model),
-        text=str(tiny_text),
-        n_samples=4,
-        seq_len=16,
-        n_validation=12,
-        n_test=6,
-        criteria=NAMES,
-        n_remove_grid=GRID,
-        n_remove=2,
-        exact=True,
-    )
-
-
-@pytest.fixture
-def make_run(settings, tmp_path, monkeypatch):
-    """Function: settings that differ -> a run with a folder of the test's own."""
-    monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "runs"))
-    return lambda **differing: Run(settings.replace(**differing))
 
 
 def test_laco_is_not_exported(make_run):
