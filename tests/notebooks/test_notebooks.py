@@ -241,7 +241,7 @@ def test_the_comparison_measures_a_model_of_ones_own(tiny_model, tiny_text, data
         tmp_path,
         f"model: '{tiny_model}'",
         f"text: '{tiny_text}'",
-        *TINY,
+        "n_samples: 4",
         "n_validation: 2",
         "measure: true",
         f"data_folder: '{data_folder}'",
@@ -252,7 +252,7 @@ def test_the_comparison_measures_a_model_of_ones_own(tiny_model, tiny_text, data
         "task_criteria: [cosine, sleb]",
         "task_grid: [2]",
         "task_limit: 4",
-        "more: {n_stories: 0}",
+        "more: {n_stories: 0, seq_len: 16}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (tmp_path / "runs").glob("*/06_comparison-*")
@@ -311,7 +311,7 @@ def test_an_export_to_a_folder_of_ones_own(tiny_model, tiny_text, tmp_path):
             [*TINY, "n_validation: 2", "n_remove_grid: [1, 2]", "n_remove: 2", "max_perplexity_ratio: 0.01"],
             "above max_perplexity_ratio",
         ),
-        ("06", [*TINY, "more: {eps: 2.0}"], "eps must lie between 0 and 1"),
+        ("06", ["n_samples: 4", "more: {eps: 2.0}"], "eps must lie between 0 and 1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
