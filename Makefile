@@ -91,8 +91,8 @@ notebooks: .venv/.installed  ## run every notebook in place at its defaults: reg
 	    --ExecutePreprocessor.store_widget_state=False "$$notebook"; \
 	done
 	@.venv/bin/python .ci/shrink_pictures.py notebooks/[0-9]*.ipynb
-	@.venv/bin/python -c 'from pathlib import Path; from simdiff_utils import results; \
-	  results.publish_figures(results.runs_root(), Path("figures"))'
+	@.venv/bin/python -c 'from pathlib import Path; from simdiff_utils import provenance, results; \
+	  results.publish_figures(provenance.runs_root(), Path("figures"))'
 
 clean:  ## delete .venv and runs/ with all results (the embedded model and text stay in the user's cache)
 	rm -rf .venv runs .snakemake .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,7 +1,7 @@
 """Give the pictures of executed notebooks a palette of 256 colours: a third of the bytes, to the eye the
 same.
 
-python .ci/shrink_pictures.py notebooks/*.ipynb
+    python .ci/shrink_pictures.py notebooks/*.ipynb
 """
 
 import base64

@@ -66,9 +66,10 @@ def chosen_sets(run: Run) -> pd.DataFrame:
     seeded = [name for name in criteria if registry.find(name).n_seeds > 1]
     if single := [name for name in criteria if name not in seeded]:
         chosen += choices(run, run.grid, single).assign(seed=0)[list(_CHOSEN)].to_dict("records")
+    seen = evidence(run) if seeded else None
     for n_remove, name in itertools.product(run.grid, seeded):
         for seed in range(registry.find(name).n_seeds):
-            (drawn,) = propose(name, replace(evidence(run), seed=seed), n_remove)
+            (drawn,) = propose(name, replace(seen, seed=seed), n_remove)
             n_passes = count_passes(name, [drawn], run.n_layers, n_remove)
             facts = (n_remove, name, seed, sorted(drawn.removed), [], n_passes)
             chosen.append(dict(zip(_CHOSEN, facts, strict=True)))
