@@ -251,7 +251,7 @@ def test_weights_are_whole_again_after_an_error_in_a_merge_or_inside(make_tiny):
         pytest.fail("the block ran")
     assert str(error.value) == (
         "layers [0, 1] of Qwen3MoeForCausalLM are not built alike and cannot be merged; use a "
-        "method that only removes layers."
+        "criterion that only removes layers."
     )
     assert all(torch.equal(tensor, dense[key]) for key, tensor in model.state_dict().items())
 
