@@ -66,9 +66,9 @@ def grid(inputs, tmp_path):
 
 
 def test_a_short_soak_loses_nothing(undisturbed, tmp_path):  # the longest, so it comes first
-    log = soak(6, 1, 1, undisturbed(), tmp_path, tmp_path / "soak.csv")
+    log = soak(3, 1, 1, undisturbed(), tmp_path, tmp_path / "soak.csv")
     table = tally(log)
-    assert len(log) >= 6 and len(pd.read_csv(tmp_path / "soak.csv")) == len(log)
+    assert len(log) >= 3 and len(pd.read_csv(tmp_path / "soak.csv")) == len(log)
     assert set(table["phase"]) >= set(PHASES) and set(table["victim"]) == set(VICTIMS)
     assert not table["lost"].any(), log.to_string()
 

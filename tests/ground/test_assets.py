@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -110,12 +111,13 @@ def test_damaged_file_is_never_served_when_offline(cache, monkeypatch):
 
 def test_two_processes_may_fetch_at_once(cache):
     code = (
-        "from simdiff_utils import assets, files; from tests.ground.test_assets import tiny_asset; "
-        "assets.ASSETS['tiny'] = tiny_asset(); print(assets.fetch('tiny').read_bytes())"
+        "import json, sys; from simdiff_utils import assets; "
+        "assets.ASSETS['tiny'] = assets.Asset(**json.loads(sys.argv[1])); "
+        "print(assets.fetch('tiny').read_bytes())"
     )
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, json.dumps(dataclasses.asdict(tiny_asset()))],
             cwd=repository_root(Path(__file__).parent),
             text=True,
             stdout=subprocess.PIPE,

@@ -178,7 +178,7 @@ def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, data_folde
             "--config",
             f"model={tiny_model}",
             f"text={tiny_text}",
-            "n_remove=[1,2]",
+            "n_remove=2",
             "criterion=masd",
             "recovery=true",
             "speed=true",
@@ -189,10 +189,10 @@ def test_the_whole_graph_with_other_parameters(tiny_model, tiny_text, data_folde
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = sorted(path.stem.rpartition("-")[0] for path in (tmp_path / "runs" / "batch").glob("*/*.json"))
-    assert results == ["01", "02", *(f"{n}-masd-{k}" for n in ("03", "04", "05") for k in (1, 2)), "06"]
-    assert len(list((tmp_path / "runs").glob("*/capture-*"))) == 1, "every K reads the same capture"
+    assert results == ["01", "02", "03-masd-2", "04-masd-2", "05-masd-2", "06"]
+    assert len(list((tmp_path / "runs").glob("*/capture-*"))) == 1, "all read the same capture"
     (report,) = (tmp_path / "runs" / "batch").glob("report-*.html")
-    assert "9 of 9 notebook runs are done" in report.read_text(encoding="utf-8")
+    assert "6 of 6 notebook runs are done" in report.read_text(encoding="utf-8")
     summary = run_command([sys.executable, "-m", "simdiff_utils", "results", tmp_path / "runs"])
     assert "pruned test perplexity" in summary.stdout and "speedup" in summary.stdout
 
