@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM
 from simdiff_utils import provenance
 from simdiff_utils.capture.statistics import capture_statistics
 from simdiff_utils.engine.decoder import Decoder, open_decoder
+from simdiff_utils.engine.headers import weight_files
 from simdiff_utils.engine.perplexity import block_losses
-from simdiff_utils.engine.stored import weight_files
 from simdiff_utils.engine.weights import StreamedWeights
 from simdiff_utils.models import checkpoints
 from simdiff_utils.pruning.export import export_pruned

@@ -16,16 +16,16 @@ from time import perf_counter
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simdiff_utils import SimDiffError, require
 from simdiff_utils.engine.decoder import Decoder, open_decoder
-from simdiff_utils.engine.load import load_tokenizer
+from simdiff_utils.engine.load import load_tokenizer, read_config
 from simdiff_utils.files import hash_facts, read_json, write_json, write_kept, write_whole
 from simdiff_utils.models.checkpoints import hash_once, resolve_checkpoint
 from simdiff_utils.provenance import code_digest, peak_memory_gib, provenance, runs_root
 from simdiff_utils.settings import Delivery, Group, Handling, Settings
-from simdiff_utils.text.blocks import draw_blocks, token_blocks
+from simdiff_utils.text.blocks import check_token_ids, draw_blocks, token_blocks
 from simdiff_utils.text.corpus import Corpus, load_corpus
 
 _HASHES = "hashes.json"  # of a stage's files, written last
@@ -42,7 +42,7 @@ class Run:
     Attributes:
         settings: as the notebook gave them.
         checkpoint: the dense model's folder, label and hash.
-        n_layers: of the dense model.
+        n_layers, n_embeddings: of the dense model.
         grid: the numbers of layers to compare.
         shared: what rooms keep in memory for this model and text, by name; runs made by `replace` share it.
     """
@@ -52,12 +52,13 @@ class Run:
         self.started = perf_counter()
         self.shared: dict[object, object] = {}
         self.checkpoint = resolve_checkpoint(settings.model, settings.trust_remote_code)
-        config = AutoConfig.from_pretrained(self.checkpoint.folder).get_text_config()
+        config = read_config(self.checkpoint.folder).get_text_config()
         self.n_layers: int = config.num_hidden_layers
+        self.n_embeddings: int | None = getattr(config, "vocab_size", None)
         self.grid = settings.n_remove_grid
         default = set(Settings().n_remove_grid)
         if default <= set(self.grid):  # nobody asked for the default ones: keep those that fit the model
-            self.grid = [k for k in self.grid if k < self.n_layers or k not in default]
+            self.grid = [k for k in self.grid if k < self.n_layers or k not in default] or [1]
         asked = (
             set() if settings.n_remove == Settings().n_remove else {settings.n_remove}
         )  # 01 and 02 have none
@@ -106,7 +107,8 @@ class Run:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
-        return self.once("tokenizer", lambda: load_tokenizer(self.checkpoint.folder))
+        folder, trusted = self.checkpoint.folder, self.settings.trust_remote_code
+        return self.once("tokenizer", lambda: load_tokenizer(folder, trusted))
 
     @property
     def corpus(self) -> Corpus:
@@ -116,10 +118,13 @@ class Run:
     def split_blocks(self, split: str) -> Tensor:
         """Every block of a split, [n_blocks, seq_len]; tokenised once."""
         seq_len = self.settings.seq_len
-        return self.once(
-            ("blocks", split, seq_len),
-            lambda: token_blocks(self.tokenizer, self.corpus.documents[split], seq_len),
-        )
+
+        def make() -> Tensor:
+            blocks = token_blocks(self.tokenizer, self.corpus.documents[split], seq_len)
+            check_token_ids(int(blocks.max()), self.n_embeddings)
+            return blocks
+
+        return self.once(("blocks", split, seq_len), make)
 
     def blocks(self, split: str) -> Tensor:
         """Token ids [n, seq_len]: `train` draws the calibration samples at random, the others are spread
@@ -224,6 +229,7 @@ class Run:
 
 def check_n_remove(n_remove: int, n_layers: int) -> None:
     """Refuse a number of layers to remove outside [1, n_layers - 1]."""
+    require(n_layers > 1, "a model of one layer has none that could be removed.")
     require(
         1 <= n_remove < n_layers,
         f"n_remove must lie between 1 and {n_layers - 1} for a model of {n_layers} layers, got {n_remove}.",

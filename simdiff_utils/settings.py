@@ -116,7 +116,7 @@ class CaptureSettings(Group):
     """Calibration capture."""
 
     dtype: Dtype = "float32"
-    seed: Annotated[int, _must(lambda n: n >= 0, "be 0 or more")] = 0
+    seed: Annotated[int, _must(lambda n: 0 <= n < 2**32, "lie between 0 and 2**32 - 1")] = 0
     n_samples: Count = 32
     seq_len: Tokens = 256
 

@@ -130,13 +130,18 @@ def _size(metadata: object, config: Mapping, here: bool) -> ModelSize:
     outside = sum(count for name, count in counts.items() if not re.search(r"\.\d+\.", name))
     n_bytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values())
     n_layers = (config.get("text_config") or config).get("num_hidden_layers") or config.get("n_layer") or 1
+    if not isinstance(n_layers, int):
+        raise SimDiffError(f"its config.json says num_hidden_layers = {n_layers!r}, which is no number")
     return ModelSize(sum(counts.values()), n_layers, outside, n_bytes, here)
 
 
 def _size_of_gguf(path: Path) -> ModelSize:
     from gguf import GGUFReader
 
-    counts = {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(path).tensors}
+    try:
+        counts = {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(path).tensors}
+    except Exception as error:  # what a damaged file makes the reader stumble over has no common kind
+        raise SimDiffError(f"{path.name} is no GGUF file that can be read: {one_line(error)}") from error
     layers = {found[1] for name in counts if (found := re.match(r"blk\.(\d+)\.", name))}
     outside = sum(count for name, count in counts.items() if not name.startswith("blk."))
     total = sum(counts.values())

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoConfig
 
 from simdiff_utils import SimDiffError
+from simdiff_utils.engine.load import read_config
 from simdiff_utils.engine.stored import StoredWeights
 from simdiff_utils.engine.weights import skeleton
 
@@ -38,7 +38,7 @@ def plan_states_room(folder: Path, dtype: torch.dtype, memory_gib: float, n_toke
     on_gpu = torch.cuda.is_available()
     used = 0 if on_gpu else psutil.Process().memory_info().rss
     budget = memory_gib * _GIB or used + _free_memory(on_gpu)
-    model = skeleton(AutoConfig.from_pretrained(folder), dtype)
+    model = skeleton(read_config(folder), dtype)
     stored = StoredWeights(folder, model)
     work = _workspace(model.config.get_text_config(), n_tokens)
 

@@ -194,7 +194,9 @@ class _Wave:
             self.states.drop((prefix, n))
 
 
-def open_decoder(folder: Path, dtype: str = "auto", memory_gib: float = 0.0, n_tokens: int = 512) -> Decoder:
+def open_decoder(
+    folder: str | Path, dtype: str = "auto", memory_gib: float = 0.0, n_tokens: int = 512
+) -> Decoder:
     """A checkpoint as a decoder: in memory where it fits the budget, else streamed from disk layer by layer.
 
     Args:
@@ -207,14 +209,14 @@ def open_decoder(folder: Path, dtype: str = "auto", memory_gib: float = 0.0, n_t
         SimDiffError: the budget is too small even for streaming (says what would do), or the layers are
             entangled.
     """
-    states_room = plan_states_room(folder, pick_dtype(dtype), memory_gib, n_tokens)
+    states_room = plan_states_room(Path(folder), pick_dtype(dtype), memory_gib, n_tokens)
     if states_room is None:
         return Decoder(load_model(folder, dtype))
     return stream_decoder(folder, dtype, states_room)
 
 
-def stream_decoder(folder: Path, dtype: str = "auto", states_room: float = float("inf")) -> Decoder:
+def stream_decoder(folder: str | Path, dtype: str = "auto", states_room: float = float("inf")) -> Decoder:
     """A checkpoint as a decoder whose layers are read from disk, whatever the memory; see `Decoder` for the
     room."""
-    weights = StreamedWeights(folder, pick_dtype(dtype))
+    weights = StreamedWeights(Path(folder), pick_dtype(dtype))
     return Decoder(weights.model, weights, states_room)

@@ -1,6 +1,7 @@
 """Loading: a checkpoint folder becomes a model and its tokenizer; where a model keeps its decoder layers."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -15,7 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simdiff_utils import SimDiffError
+from simdiff_utils import SimDiffError, require
+from simdiff_utils.engine.headers import refuse_pointer
+from simdiff_utils.engine.whole import check_folder, check_whole, told_in_a_sentence
+from simdiff_utils.files import read_json, write_json
 
 
 def pick_device() -> torch.device:
@@ -33,18 +38,78 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_model(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """A checkpoint's config, without the options of one run that somebody's training saved in it.
+
+    Raises:
+        SimDiffError: transformers cannot read it.
+    """
+    folder = Path(folder)
+    with told_in_a_sentence(f"transformers cannot read the config of {folder.name}"):
+        config = AutoConfig.from_pretrained(folder)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        part._attn_implementation = None  # which one is installed, this machine knows
+        part.return_dict, part.use_cache = True, True
+        part.output_hidden_states = part.output_attentions = False
+    return config
+
+
+def load_model(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """Load a checkpoint for inference, weights in `dtype`, eval mode: on `pick_device()`, or spread by
-    accelerate over the GPUs of the machine where it has several."""
-    options = {"dtype": pick_dtype(dtype), "use_safetensors": True}
-    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-        return AutoModelForCausalLM.from_pretrained(folder, device_map="auto", **options).eval()
-    return AutoModelForCausalLM.from_pretrained(folder, **options).to(pick_device()).eval()
+    accelerate over the GPUs of the machine where it has several.
+
+    Raises:
+        SimDiffError: it cannot be loaded whole, see `check_folder` and `check_whole`.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "config": read_config(folder)}
+    with _complete_index(folder) as place:
+        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+            return load_whole(place, folder.name, device_map="auto", **options)
+        return load_whole(place, folder.name, **options).to(pick_device())
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer."""
-    return AutoTokenizer.from_pretrained(folder)
+@contextmanager
+def _complete_index(folder: Path) -> Iterator[Path]:
+    """The folder; where its index lacks a part that only transformers asks for, links with all of it."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file() or "metadata" in read_json(index):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            (Path(links) / file.name).symlink_to(file.resolve())
+        (Path(links) / index.name).unlink()
+        write_json(Path(links) / index.name, {"metadata": {}} | read_json(index))
+        yield Path(links)
+
+
+def load_whole(folder: Path, label: str, **options: object) -> PreTrainedModel:
+    """What transformers loads with these options, in eval mode, if every weight comes from the checkpoint."""
+    with told_in_a_sentence(f"transformers cannot load {label}"):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    check_whole(model, info, label)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer.
+
+    Args:
+        trust_remote_code: run the code that comes with it, if it does; nobody is asked on the terminal.
+
+    Raises:
+        SimDiffError: there is none, or it cannot be read.
+    """
+    folder = Path(folder)
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    present = [folder / name for name in files if (folder / name).is_file()]
+    require(present, f"{folder.name} has no tokenizer: copy the files of its model's tokenizer into it.")
+    for file in present:
+        refuse_pointer(file)
+    with told_in_a_sentence(f"transformers cannot read the tokenizer of {folder.name}"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def decoder_stack(model: PreTrainedModel) -> nn.Module:
@@ -110,7 +175,11 @@ def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_new_tokens: int = 40
 ) -> str:
     """Greedy continuation with the KV cache, prompt included."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    tokens = model.generate(**inputs, max_new_tokens=n_new_tokens, do_sample=False, pad_token_id=pad_token_id)
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = {
+        name: encoded[name] for name in ("input_ids", "attention_mask")
+    }  # some give more than models take
+    # one text alone is never padded: any id will do that has an embedding
+    greedy = dict(do_sample=False, use_cache=True, return_dict_in_generate=False, pad_token_id=0)
+    tokens = model.generate(**inputs, max_new_tokens=n_new_tokens, **greedy)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)

@@ -7,7 +7,7 @@ index.
 """
 
 import copy
-import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -126,7 +126,9 @@ def plan_cut(model: PreTrainedModel, removed: frozenset[int]) -> tuple[Pretraine
     config = copy.deepcopy(model.config)
     _cut(config.get_text_config(), kept)
     try:  # as a reload will read it, defaults that were computed from the number of layers included
-        plan = skeleton(type(config).from_dict(json.loads(config.to_json_string())))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            plan = skeleton(type(config).from_pretrained(folder))
         planned = decoder_layers(plan)
     except Exception as error:  # whatever a family's config checks
         raise SimDiffError(f"{refusal}: its config cannot state the others ({one_line(error)}).") from error

@@ -10,15 +10,15 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import logging
 
-from simdiff_utils import SimDiffError
-from simdiff_utils.engine.load import decoder_layers, pick_device
+from simdiff_utils.engine.load import decoder_layers, pick_device, read_config
 from simdiff_utils.engine.stored import StoredWeights
+from simdiff_utils.engine.whole import check_folder, check_whole
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -42,13 +42,9 @@ class StreamedWeights:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        config = AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None):
-            raise SimDiffError(
-                f"{folder.name} is quantised and cannot be streamed; name an unquantised checkpoint, or "
-                "raise memory_gib so that the whole model fits."
-            )
-        self.model = skeleton(config, dtype)
+        check_folder(folder)
+        self._label = folder.name
+        self.model = skeleton(read_config(folder), dtype)
         self.stored = StoredWeights(folder, self.model)
         device = pick_device()
         for module in self.model.modules():
@@ -65,10 +61,7 @@ class StreamedWeights:
         self.model.tie_weights(missing_keys=loaded.missing_keys, recompute_mapping=False)
         layers = {id(p) for layer in decoder_layers(self.model) for p in layer.parameters()}
         missing = [name for name, p in self.model.named_parameters() if p.is_meta and id(p) not in layers]
-        if missing:
-            raise SimDiffError(
-                f"{folder.name} holds no weight {missing[0]}; fetch or save the checkpoint again."
-            )
+        self._check(loaded, missing)
 
     @contextmanager
     def layer(self, layer_idx: int) -> Iterator[nn.Module]:
@@ -81,12 +74,10 @@ class StreamedWeights:
                 if p is not None:
                     without = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
                     empty.append((module, name, without))
-        self._load(self.stored.layers[layer_idx])
-        unfilled = [name for name, p in layer.named_parameters() if p.is_meta]
-        if unfilled:
-            raise SimDiffError(
-                f"the checkpoint holds no {unfilled[0]} of layer {layer_idx}; fetch or save it again."
-            )
+        loaded = self._load(self.stored.layers[layer_idx])
+        self._check(
+            loaded, [f"{name} of layer {layer_idx}" for name, p in layer.named_parameters() if p.is_meta]
+        )
         if layer_idx + 1 < len(self.stored.layers):
             self._read_ahead(self.stored.layers[layer_idx + 1])
         try:
@@ -94,6 +85,11 @@ class StreamedWeights:
         finally:
             for module, name, parameter in empty:
                 module._parameters[name] = parameter
+
+    def _check(self, loaded: LoadStateDictInfo, missing: list[str]) -> None:
+        """As whole as what is loaded at once: what is missing here is known, the rest transformers tells."""
+        self.model._adjust_missing_and_unexpected_keys(loaded)  # the family's own ignore lists
+        check_whole(self.model, loaded.to_dict() | {"missing_keys": missing}, self._label)
 
     def _load(self, names: list[str]) -> LoadStateDictInfo:
         files = {self.stored.tensors[name].file for name in names}

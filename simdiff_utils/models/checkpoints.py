@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,20 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simdiff_utils import SimDiffError, assets, one_line
+from simdiff_utils import SimDiffError, assets, one_line, require
+from simdiff_utils.engine.headers import refuse_pointer
+from simdiff_utils.engine.load import load_whole, read_config
+from simdiff_utils.engine.whole import check_folder, quantisation, refuse_adapters, told_in_a_sentence
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
 from simdiff_utils.models import shapes
 from simdiff_utils.models.names import (
@@ -22,7 +34,11 @@ from simdiff_utils.models.names import (
     hub_sentences,
     read_model_name,
 )
-from simdiff_utils.models.own_code import needs_own_code, trust_code
+from simdiff_utils.models.own_code import brings_model_code, needs_own_code, trust_code
+
+_CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+_NOT_COPIED = {"config.json", "pruning.json", "llama_quantize.txt"}  # of the weights; written anew
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoin
     files = CHECKPOINT_FILES + CODE_FILES if trust_remote_code else CHECKPOINT_FILES
     folder, label, hub_id = _locate(model, files)
     _refuse_unsuitable(folder, model, trust_remote_code)
+    if method := quantisation(folder):
+        folder = _dequantise(folder, method)
     return Checkpoint(folder, label, hash_checkpoint(folder), hub_id)
 
 
@@ -76,7 +94,7 @@ def _locate(model: str, files: list[str]) -> tuple[Path, str, str | None]:
             folder = target if target.exists() else _convert_gguf(assets.fetch(name), target)
             return folder, assets.ASSETS[name].label, None
         case "folder", name:
-            return Path(name), Path(name).resolve().name, None
+            return Path(name), _label_folder(Path(name)), None
         case "gguf", name:
             target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([Path(name)])[:16]}"
             folder = target if target.exists() else _convert_gguf(Path(name), target)
@@ -86,25 +104,59 @@ def _locate(model: str, files: list[str]) -> tuple[Path, str, str | None]:
     return Path(folder), model, model
 
 
+def _label_folder(folder: Path) -> str:
+    """A folder's name; of a checkpoint of ours, which model it is without how many layers."""
+    record = folder / "pruning.json"
+    if not record.is_file():
+        return folder.resolve().name
+    facts = read_json(record)
+    n_layers, removed = (facts.get(f"{name}_of_first", facts[name]) for name in ("n_layers", "removed"))
+    recovered = ", recovered" if "recovery" in facts else ""
+    return f"{facts['model']} without {len(removed)} of {n_layers} layers{recovered}"
+
+
 def _convert_gguf(gguf: Path, target: Path) -> Path:
     """Dequantise a GGUF file into a float32 checkpoint folder that appears whole or not at all."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    refuse_pointer(gguf)
+    if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", gguf.name):
+        require(
+            part[2] == "00001",
+            f"{gguf.name} is one of {int(part[2])} parts: join them with `llama-gguf-split --merge` and name "
+            "the file that it writes.",
+        )
+    model = load_whole(gguf.parent, f"the GGUF file {gguf.name}", dtype=torch.float32, gguf_file=gguf.name)
+    with told_in_a_sentence(f"transformers cannot read the tokenizer in {gguf.name}"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # whatever a damaged file makes the reader stumble over
-        raise SimDiffError(
-            f"{gguf.name} cannot be read as a GGUF model by transformers: {one_line(error)}"
-        ) from error
-    # Loaded from GGUF it is marked as quantised and refuses to be saved, though its weights are float32.
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    return _write_plain(model, target, lambda partial: tokenizer.save_pretrained(partial))
+
+
+def _dequantise(folder: Path, method: str) -> Path:
+    """A checkpoint in plain weights of a quantised one, in the dtype that its config states; made once."""
+    check_folder(folder, dequantise=True)
+    target = assets.cache_dir() / "checkpoints" / f"{method}-{hash_checkpoint(folder)[:16]}"
+    if target.exists():
+        return target
+    plain = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method](dequantize=True)
+    config = read_config(folder)
+    model = load_whole(
+        folder, folder.name, dtype="auto", config=config, quantization_config=plain, use_safetensors=True
+    )
+    return _write_plain(model, target, lambda partial: copy_companions(folder, partial))
+
+
+def _write_plain(model: PreTrainedModel, target: Path, add_others: Callable[[Path], object]) -> Path:
+    # Loaded so, it is marked as quantised and refuses to be saved, though its weights are plain.
+    # Nor may what was undone while it was read be done again.
+    model.hf_quantizer = model._weight_conversions = None
+    vars(model.config).pop("quantization_config", None)
     with write_whole(target, replace=False) as partial:
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        add_others(partial)
     return target
 
 
 def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> None:
+    refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
     try:
@@ -122,16 +174,31 @@ def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> Non
     except Exception as error:  # what the families' own checks raise has no common kind
         raise SimDiffError(f"transformers cannot read the config of {model}: {one_line(error)}") from error
     names = config.architectures or []
-    causal = own_code or set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if names or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        causal = brings_model_code(folder) or set(names) & _CAUSAL
+    else:
+        causal = True  # older tools leave the architecture out
     if config.is_encoder_decoder or not causal:
         raise SimDiffError(
             f"{model} is no decoder-only language model (its architecture is "
             f"{', '.join(names) or config.model_type}); name a causal language model."
         )
-    if not any(folder.glob("*.safetensors")):
-        raise SimDiffError(
-            f"{model} has no .safetensors weights, and pickled ones are not read; "
-            "convert it with `save_pretrained` on a machine that trusts it."
+    check_folder(folder, dequantise=True)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what a checkpoint has beside its weights and config: tokenizer, chat template, generation config,
+    code of its own."""
+    for pattern in (*_COMPANIONS, *(CODE_FILES if needs_own_code(source) else ())):
+        for file in source.glob(pattern):
+            if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # what one run wanted back, and not how the model generates
+        write_json(
+            generation, {k: v for k, v in read_json(generation).items() if k != "return_dict_in_generate"}
         )
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
@@ -19,11 +20,26 @@ _TRUSTED = "SIMDIFF_TRUSTED_CODE"  # the folder whose code the fresh processes t
 
 
 def needs_own_code(folder: Path) -> bool:
+    """Whether a checkpoint names classes of its own for its model or its tokenizer, in the place of
+    transformers'."""
+    return brings_model_code(folder) or brings_tokenizer_code(folder)
+
+
+def brings_model_code(folder: Path) -> bool:
     """Whether a checkpoint is of no family that transformers knows and names classes of its own instead."""
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     known = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type].__module__.startswith("transformers.")
     return "auto_map" in config and not known
+
+
+def brings_tokenizer_code(folder: Path) -> bool:
+    """Whether a checkpoint's tokenizer is of a class that comes with it."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    return "AutoTokenizer" in config.get("auto_map", {}) and not hasattr(
+        transformers, str(config.get("tokenizer_class"))
+    )
 
 
 def trust_code(folder: Path) -> None:
@@ -33,6 +49,8 @@ def trust_code(folder: Path) -> None:
         SimDiffError: the code lies in another repository, which nobody was asked about, or gives no causal
             model.
     """
+    if not brings_model_code(folder):
+        return
     auto_map = read_json(folder / "config.json")["auto_map"]
     if elsewhere := [reference for reference in auto_map.values() if "--" in str(reference)]:
         raise SimDiffError(

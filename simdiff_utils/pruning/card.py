@@ -1,14 +1,10 @@
 """What stands beside exported weights: tokenizer, chat template, `pruning.json`, the model card."""
 
-import shutil
 from pathlib import Path
 
 from simdiff_utils.files import write_json
-from simdiff_utils.models.names import CODE_FILES
-from simdiff_utils.models.own_code import needs_own_code
+from simdiff_utils.models.checkpoints import copy_companions
 
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
-_OURS = {"config.json", "pruning.json", "llama_quantize.txt"}  # written anew
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -17,8 +13,8 @@ tags: [depth-pruning, simdiff]{base_model}
 # {title}
 
 {model} with layers {removed} taken out (0-based indices of the original); {kept} of {n_layers} layers are
-left, their weights unchanged{recovered}. Chosen by {criterion}{alpha}, measured on {calibration}.
-
+left, their weights {weights}. Chosen by {criterion}{alpha}, measured on {calibration}.
+{turns}
 | measured | |
 |---|---|
 {measured}
@@ -36,16 +32,19 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
 
 def write_companions(source: Path, folder: Path, facts: dict) -> None:
-    """Tokenizer, chat template, generation config and code of its own as they are; `pruning.json` and the
-    model card."""
-    for pattern in (*_COMPANIONS, *(CODE_FILES if needs_own_code(source) else ())):
-        for file in source.glob(pattern):
-            if file.name not in _OURS and not file.name.endswith(".index.json"):
-                copy = folder / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+    """What goes with the weights as it is (see `copy_companions`), `pruning.json` and the model card."""
+    copy_companions(source, folder)
     write_json(folder / "pruning.json", facts)
     (folder / "README.md").write_text(_write_card(facts), encoding="utf-8")
+
+
+def _write_turn(turn: dict) -> str:
+    """A cut made earlier, in indices of the model that it was made from."""
+    removed = ", ".join(map(str, turn["removed"]))
+    recovery = (
+        f", then recovered ({'; '.join(map(str, turn['recovery'].values()))})" if "recovery" in turn else ""
+    )
+    return f"\nEarlier cut: layers {removed} of {turn['n_layers']}, by {turn['criterion']}{recovery}.\n"
 
 
 def _write_card(facts: dict) -> str:
@@ -57,15 +56,19 @@ def _write_card(facts: dict) -> str:
             weights were changed.
     """
     measured = facts["measured"] | facts.get("recovery", {})
-    removed, recovered = facts["removed"], "recovery" in facts
+    removed, n_layers, recovered = facts["removed_of_first"], facts["n_layers_of_first"], "recovery" in facts
+    healed = any("recovery" in turn for turn in facts["earlier"])
+    weights = "as an earlier recovery left them" if healed else "unchanged"
     cut_elsewhere = " `mergekit.yaml` and `llama_quantize.txt` make this cut elsewhere."
-    as_they_are = ("model", "n_layers", "criterion", "calibration", "text", "machine")
+    as_they_are = ("model", "criterion", "calibration", "text", "machine")
     return _CARD.format(
         base_model=f"\nbase_model: {facts['hub_id']}" if facts["hub_id"] else "",
-        title=f"{facts['model']} without {len(removed)} of {facts['n_layers']} layers",
+        title=f"{facts['model']} without {len(removed)} of {n_layers} layers",
+        n_layers=n_layers,
+        weights=weights + (" before the recovery" if recovered else ""),
+        turns="".join(_write_turn(turn) for turn in facts["earlier"]),
         removed=", ".join(map(str, removed)) or "none",
         kept=len(facts["kept"]),
-        recovered=" before the recovery" if recovered else "",
         alpha="" if facts["alpha"] is None else f" at alpha = {facts['alpha']:.3g}",
         measured="\n".join(f"| {name} | {value} |" for name, value in measured.items()),
         same_cut="" if recovered else cut_elsewhere,

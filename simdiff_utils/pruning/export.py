@@ -2,31 +2,34 @@
 usable."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.decoder import Decoder
-from simdiff_utils.engine.load import decoder_layers
-from simdiff_utils.engine.stored import StoredTensor, StoredWeights
+from simdiff_utils.engine.headers import StoredTensor
+from simdiff_utils.engine.load import decoder_layers, load_model, read_config
+from simdiff_utils.engine.stored import StoredWeights
 from simdiff_utils.engine.surgery import keep, plan_cut
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
 from simdiff_utils.pruning.card import write_companions
+from simdiff_utils.pruning.record import extend_record
 
 _SHARD_BYTES = 5 * 10**9
-_MERGEKIT = """# The same cut by mergekit: mergekit-yaml mergekit.yaml OUTPUT
+_MERGEKIT = """# The same cut of {model} ({n_layers} layers) by mergekit: mergekit-yaml mergekit.yaml OUTPUT
 slices:
 {slices}
 merge_method: passthrough
 dtype: {dtype}
 """
-_LLAMA_QUANTIZE = """# The same cut by llama.cpp, from the unpruned model in GGUF:
+_LLAMA_QUANTIZE = """# The same cut by llama.cpp, from {model} ({n_layers} layers) in GGUF:
 llama-quantize --prune-layers {layers} DENSE.gguf PRUNED.gguf COPY
 """
 
@@ -47,37 +50,58 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
         SimDiffError: `target` exists, the disk cannot hold it, or the family cannot lose these layers.
     """
     refuse_existing(target, overwrite=False)
-    model = skeleton(AutoConfig.from_pretrained(source))
+    model = skeleton(read_config(source))
     n_layers = len(decoder_layers(model))
     kept = keep(removed, n_layers)
     config = plan_cut(model, removed)[0] if removed else model.config
     stored = StoredWeights(source, model)
+    if stored.behind:
+        _forget_extra_layers(config)
     tensors = _pick_tensors(stored, kept, _tied_copies(model, stored))
     check_disk(target, sum(t.n_bytes for t in tensors.values()), f"the checkpoint {target.name}")
     with write_whole(target) as partial:
         partial.mkdir()
         config.save_pretrained(partial)
         _write_shards(tensors, partial)
-        facts = facts | {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
+        cut = {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
+        facts = extend_record(source, facts | cut)
         write_companions(source, partial, facts)
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
-        slices = "\n".join(_slices(kept, facts["source"]))
-        mergekit = _MERGEKIT.format(dtype=dtype, slices=slices)
-        (partial / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
-        quantize = _LLAMA_QUANTIZE.format(layers=",".join(map(str, sorted(removed))))
-        (partial / "llama_quantize.txt").write_text(quantize, encoding="utf-8")
+        _write_other_tools(partial, facts, str(config.dtype or "float32").removeprefix("torch."))
 
 
-def export_recovered(model: PreTrainedModel, pruned: Path, target: Path, measured: dict) -> None:
-    """Write a pruned model whose weights were changed since; what goes with it comes from the checkpoint it
-    was.
+@torch.inference_mode()
+def export_recovered(
+    model: PreTrainedModel, pruned: Path, target: Path, measured: dict, tokens: Tensor
+) -> None:
+    """Write a pruned model whose weights were changed since, and open it again.
+
+    What goes with it comes from the checkpoint it was.
 
     Args:
         measured: {words: value} for `pruning.json` and the model card, after those of an earlier recovery.
+        tokens: ids [1, seq_len] to run both on.
+
+    Raises:
+        SimDiffError: what was written is not whole, or gives other logits than the model.
     """
     facts = read_json(pruned / "pruning.json")
-    model.save_pretrained(target)
+    model.eval().save_pretrained(target)
     write_companions(pruned, target, facts | {"recovery": facts.get("recovery", {}) | measured})
+    again = load_model(target, str(model.dtype).removeprefix("torch."))
+    expected, logits = (m(input_ids=tokens.to(m.device), use_cache=False).logits for m in (model, again))
+    _compare(expected, logits, f"{type(model).__name__} is written otherwise than it is run")
+
+
+def _write_other_tools(folder: Path, facts: dict, dtype: str) -> None:
+    """The same cut for mergekit and llama.cpp: of the first model, or of the last one that was healed."""
+    healed = any("recovery" in turn for turn in facts["earlier"])
+    n_layers, removed = (facts[name if healed else f"{name}_of_first"] for name in ("n_layers", "removed"))
+    of = {"model": facts["source"], "n_layers": n_layers}
+    slices = "\n".join(_slices(keep(frozenset(removed), n_layers), facts["source"]))
+    mergekit = _MERGEKIT.format(dtype=dtype, slices=slices, **of)
+    (folder / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
+    quantize = _LLAMA_QUANTIZE.format(layers=",".join(map(str, removed)), **of)
+    (folder / "llama_quantize.txt").write_text(quantize, encoding="utf-8")
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -111,11 +135,15 @@ def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, to
         raise SimDiffError(
             f"{type(dense.model).__name__} does not run without layers {sorted(removed)}: {one_line(error)}"
         ) from error
+    return _compare(expected, logits, f"{type(dense.model).__name__} cannot lose layers {sorted(removed)}")
+
+
+def _compare(expected: Tensor, logits: Tensor, why: str) -> float:
     difference = (logits - expected.to(logits.device)).abs().max().item()
     if not difference <= 1e-4 * expected.abs().max().item():  # neither where it is no number
         raise SimDiffError(
             "the exported checkpoint gives other logits than the model it comes from (largest difference "
-            f"{difference:.2g}): {type(dense.model).__name__} cannot lose layers {sorted(removed)}."
+            f"{difference:.2g}): {why}."
         )
     return difference
 
@@ -130,6 +158,15 @@ def _tied_copies(model: PreTrainedModel, stored: StoredWeights) -> set[str]:
             if all(one == other for one, other in pieces):  # else transformers does not tie them either
                 copies.add(target)
     return copies
+
+
+def _forget_extra_layers(config: PretrainedConfig) -> None:
+    """Let a config count no layers of multi-token prediction, which stand behind the last and are not copied:
+    no causal language model of transformers runs them."""
+    for part in (config, config.get_text_config()):
+        for name in part.to_dict():
+            if re.search("nextn|mtp", name) and isinstance(getattr(part, name, None), int):
+                setattr(part, name, 0)
 
 
 def _pick_tensors(stored: StoredWeights, kept: list[int], left_out: set[str]) -> dict[str, StoredTensor]:

@@ -9,8 +9,8 @@ from simdiff_utils.capture import stage as capture
 from simdiff_utils.criterion import stage as criterion
 from simdiff_utils.criterion.equations import fuse, normalise
 from simdiff_utils.engine.decoder import open_decoder, stream_decoder
+from simdiff_utils.engine.headers import weight_files
 from simdiff_utils.engine.perplexity import perplexity
-from simdiff_utils.engine.stored import weight_files
 from simdiff_utils.files import check_disk, read_json, write_whole
 from simdiff_utils.provenance import describe_machine
 from simdiff_utils.pruning.export import export_pruned, refuse_existing, verify_export

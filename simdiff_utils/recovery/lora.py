@@ -27,6 +27,7 @@ from simdiff_utils.files import read_json, write_json
 from simdiff_utils.recovery.recipe import Recipe, lora_config
 from simdiff_utils.recovery.trainer import COMPLETE, make_trainer
 from simdiff_utils.recovery.training_rows import TrainingRows, pad_token_id
+from simdiff_utils.text.blocks import check_token_ids
 
 _IDENTITY = "training.json"  # what a folder of checkpoints belongs to
 
@@ -91,7 +92,8 @@ def train_lora(
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft_model = get_peft_model(model, lora_config(model, recipe))
     try:
-        pad_id, resumed = pad_token_id(tokenizer), checkpoint is not None
+        pad_id = pad_token_id(tokenizer, model.get_input_embeddings().num_embeddings)
+        resumed = checkpoint is not None
         trainer = make_trainer(peft_model, rows, recipe, folder, dtype, seed, pad_id, teacher, resumed)
         trainer.train(resume_from_checkpoint=str(checkpoint) if resumed else None)
     except BaseException as error:  # an interrupted cell, too, must leave the model as it was
@@ -130,6 +132,8 @@ def _refuse_unsuitable(
         raise SimDiffError(
             f"LoRA trains in float32 or bfloat16, got {dtype}: small gradients vanish in float16."
         )
+    highest = max(int(max(row["input_ids"])) for row in (*rows.train, *rows.validation))
+    check_token_ids(highest, model.get_input_embeddings().num_embeddings)
     context = getattr(text_config(model), "max_position_embeddings", None)
     longest = max(len(row["input_ids"]) for row in (*rows.train, *rows.validation))
     if context and longest > context:

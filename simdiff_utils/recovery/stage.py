@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from simdiff_utils.criterion import stage as criterion
 from simdiff_utils.engine.decoder import Decoder
@@ -78,7 +79,7 @@ def _repair_folder(run: Run) -> Path:
         cuts.to_csv(folder / "cuts.csv", index=False)
         healed = f"{cuts['layer_idx'].notna().sum()} of {len(cuts)} cuts"
         facts = {"repair": f"{s.repair}, without training, at {healed}"}
-        export_recovered(model.to(pick_dtype(s.export_dtype)), pruned, folder / "model", facts)
+        _export(run, model, pruned, folder, facts)
         notes = [f"Layers {row.first} to {row.last}: {row.note}" for row in cuts.itertuples() if row.note]
         return {"n_tokens": s.n_samples * s.seq_len, "notes": notes}
 
@@ -166,7 +167,7 @@ def _write(run: Run, trained: Trained, rows: TrainingRows, start: Path, work: Pa
         "recovery": f"{what}, {n_steps} steps, {dtype}, {rows.template}",
         "loss on held-out rows, before and after": f"{before:.3f}, {after:.3f} nats per token",
     }
-    export_recovered(trained.model.to(pick_dtype(run.settings.export_dtype)), start, folder / "model", facts)
+    _export(run, trained.model, start, folder, facts)
     return {
         "n_trained": trained.n_trained,
         "n_parameters": trained.model.num_parameters(),
@@ -177,6 +178,12 @@ def _write(run: Run, trained: Trained, rows: TrainingRows, start: Path, work: Pa
         "template": rows.template,
         "notes": list(rows.notes),
     }
+
+
+def _export(run: Run, model: PreTrainedModel, start: Path, folder: Path, facts: dict) -> None:
+    for parameter in model.parameters():  # buffers stay as they are: a reload has them in full precision, too
+        parameter.data = parameter.data.to(pick_dtype(run.settings.export_dtype))
+    export_recovered(model, start, folder / "model", facts, run.blocks("validation")[:1])
 
 
 # ---- the ladder ----------------------------------------------------------------------------------

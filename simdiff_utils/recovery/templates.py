@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from tqdm.auto import tqdm
 
 from simdiff_utils import SimDiffError, one_line
+from simdiff_utils.text.rows import check_characters
 
 # The template Alpaca's rows were made for; the part about an input is left out where a row brings none.
 ALPACA_WITH_INPUT = (
@@ -64,11 +65,7 @@ def render_rows(rows: Iterable, source: str, tokenizer, chat_template: bool) -> 
                     "form; keep each in a file of its own"
                 )
             text = row["text"] if form == "text" else _render(row, form, tokenizer, chat_template)
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can say "\ud83d" alone, and a tokenizer cannot read it
-            raise SimDiffError(
-                f"Row {number} of {source} holds half a character ({error}): mend that row or leave it out."
-            ) from error
+            check_characters(text, number, source)
         except _BadRow as error:
             raise SimDiffError(f"Row {number} of {source} {error}.") from error
         texts.append(text)

@@ -120,9 +120,11 @@ def hash_rows(train: Iterable[dict], validation: Iterable[dict]) -> str:
     return digest.hexdigest()
 
 
-def pad_token_id(tokenizer) -> int:
-    """The id short rows are filled up with: pad, else EOS, else 0. Padding is masked, so any id does."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def pad_token_id(tokenizer, n_embeddings: float = float("inf")) -> int:
+    """The id short rows are filled up with: pad, else EOS, else 0. Padding is masked, so any id does that the
+    model has an embedding for."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if i is not None and i < n_embeddings), 0)
 
 
 def pad_rows(rows: list[dict], pad_token_id: int) -> dict[str, Tensor]:

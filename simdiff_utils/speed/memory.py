@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from simdiff_utils.engine.fresh import run_fresh
+from simdiff_utils.engine.load import load_whole, read_config
+from simdiff_utils.engine.whole import check_folder
 from simdiff_utils.models.own_code import trust_as_parent
 from simdiff_utils.provenance import peak_memory_gib
 from simdiff_utils.speed.generate import Protocol, decode, fill_cache, new_cache, prefill
@@ -44,13 +46,13 @@ def probe(
 ) -> dict[str, float]:
     """Load and run, in this process; see `measure_peak_memory`."""
     trust_as_parent()
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    folder = Path(checkpoint)
+    check_folder(folder)
+    config = read_config(folder)
     with torch.device("meta"):  # brings in the model's code, so that the baseline holds it, without weights
         AutoModelForCausalLM.from_config(config)
     baseline = _peak()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-    ).eval()
+    model = load_whole(folder, folder.name, dtype=getattr(torch, dtype), use_safetensors=True, config=config)
     if torch.cuda.is_available():
         model.to("cuda")
     token, cache = prefill(model, torch.zeros(batch_size, prompt_len, dtype=torch.long, device=model.device))

@@ -6,7 +6,7 @@ import torch
 from torch import LongTensor
 from tqdm.auto import tqdm
 
-from simdiff_utils import SimDiffError
+from simdiff_utils import SimDiffError, require
 
 
 def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTensor:
@@ -49,6 +49,15 @@ def token_blocks(tokenizer, documents: Iterable[str], seq_len: int) -> LongTenso
     body = torch.tensor(ids[: n_blocks * n_text]).view(n_blocks, n_text)
     head = torch.tensor(prefix, dtype=torch.long).expand(n_blocks, -1)
     return torch.cat([head, body], dim=1)  # [n_blocks, seq_len]
+
+
+def check_token_ids(highest: int, n_embeddings: int | None) -> None:
+    """Refuse a token id that the model has no embedding for."""
+    require(
+        n_embeddings is None or highest < n_embeddings,
+        f"the tokenizer gives token id {highest} and the model has {n_embeddings} embeddings: tokens were "
+        "added to the tokenizer alone; use the tokenizer that the model was trained with.",
+    )
 
 
 def draw_blocks(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from simdiff_utils import SimDiffError, assets
 from simdiff_utils.text.hub import load_hub, split_name
-from simdiff_utils.text.rows import find_file, read_rows, read_text
+from simdiff_utils.text.rows import check_characters, find_file, read_rows, read_text
 from simdiff_utils.text.wikipedia import load_articles
 
 SPLITS = ("train", "validation", "test")
@@ -130,6 +130,7 @@ def _read_documents(path: Path) -> Iterable[str]:
         document = next((field for field in fields if isinstance(field, str)), None)
         if document is None:
             raise SimDiffError(f"row {i} of {path.name} has no field `text` or `page` that holds a text.")
+        check_characters(document, i, path.name)
         yield document
 
 

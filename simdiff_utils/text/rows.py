@@ -52,8 +52,18 @@ def read_rows(path: Path) -> list:
 def _parse(content: str, refusal: str) -> object:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: lists in lists without end
         raise SimDiffError(f"{refusal} ({error}): write a list of rows, or one row a line.") from error
+
+
+def check_characters(row: str, number: int, source: str) -> None:
+    """Refuse half a character, which JSON can state, and no tokenizer can read."""
+    try:
+        row.encode()
+    except UnicodeEncodeError as error:
+        raise SimDiffError(
+            f"Row {number} of {source} holds half a character ({error}): mend that row or leave it out."
+        ) from error
 
 
 def _short(path: Path) -> str:

@@ -151,8 +151,6 @@ TINY = dict(
         ("diffllama", {}, {0}, "lambda_init"),  # each layer's constant is computed from its place
         ("minimax", {}, {1}, "num_hidden_layers"),
         ("recurrent_gemma", {}, {0}, "temporal_block"),  # kinds of layers at fixed places
-        # it cannot read its own file back, whole or cut
-        ("falcon_h1", {}, {0}, "its config cannot state the others"),
     ],
 )
 def test_layers_that_depend_on_their_place_are_refused(family, changes, removed, words):

@@ -7,13 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from simdiff_utils import provenance
+from simdiff_utils import SimDiffError, provenance
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.criterion import stage
 from simdiff_utils.pruning import stage as pruning
 from simdiff_utils.pruning.stage import pruned_checkpoint
 from simdiff_utils.recovery import stage as recovery
 from simdiff_utils.run import is_sound
+from simdiff_utils.settings import Settings
 from simdiff_utils.speed import stage as speed
 
 GRID = [1, 2, 4]
@@ -191,3 +192,18 @@ def test_a_setting_makes_old_what_depends_on_it(make_run, setting, expected):
     run = make_run()
     before, after = where(run), where(run.replace(**setting))
     assert {name for name in before if before[name] != after[name]} == expected
+
+
+@pytest.mark.parametrize(("n_layers", "grid"), [(2, [1]), (3, [1]), (7, [3, 6]), (40, [3, 6, 8, 9, 12])])
+def test_the_default_grid_fits_a_model_of_any_depth(make_run, make_tiny, tokenizer, tmp_path, n_layers, grid):
+    make_tiny("llama", num_hidden_layers=n_layers).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    default = Settings()
+    run = make_run(model=str(tmp_path / "m"), n_remove_grid=default.n_remove_grid, n_remove=default.n_remove)
+    assert run.grid == grid
+
+
+def test_a_model_of_one_layer_has_none_to_lose(make_run, make_tiny, tokenizer, tmp_path):
+    make_tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    with pytest.raises(SimDiffError, match="a model of one layer has none"):
+        make_run(model=str(tmp_path / "m"), n_remove_grid=Settings().n_remove_grid)

@@ -9,10 +9,20 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Mxfp4Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import load_model, load_tokenizer, pick_device
@@ -227,7 +237,7 @@ def test_errors_of_the_hub_become_a_sentence(monkeypatch, error, words):
 def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path, monkeypatch, content):
     monkeypatch.setenv("SIMDIFF_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(content)
-    assert "model.gguf cannot be read as a GGUF model" in refusal(tmp_path / "model.gguf")
+    assert "transformers cannot load the GGUF file model.gguf: " in refusal(tmp_path / "model.gguf")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.name != "checkpoints"]
 
 
@@ -258,3 +268,119 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path):
     ):
         resolve_checkpoint(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+# ---- turned into plain weights, once ---------------------------------------------------------------
+
+
+def write_gguf(path: Path, said: int = 6, lost: str = "") -> Path:
+    """A llama of 6 blocks with random weights and a tokenizer of pieces."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(said)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(97)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"\u2581w{i}" for i in range(3, 97))])
+    writer.add_token_scores([-float(i) for i in range(97)])
+    writer.add_token_types([2, 3, 3] + [1] * 94)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {"token_embd": (97, 32), "output_norm": (32,), "output": (97, 32)}
+    square = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    layer = {"attn_norm": (32,), "ffn_norm": (32,)} | square
+    layer |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    shapes |= {f"blk.{i}.{name}": shape for i in range(6) for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name != lost:
+            writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SIMDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_gguf_file_that_is_not_whole_is_refused_and_leaves_nothing(cache, tmp_path):
+    found = resolve_checkpoint(str(write_gguf(tmp_path / "whole.gguf")))
+    assert load_model(found.folder, "float32").config.num_hidden_layers == 6
+    lost = refusal(write_gguf(tmp_path / "lost.gguf", lost="blk.2.ffn_up"))
+    assert "the GGUF file lost.gguf holds no model.layers.2.mlp.up_proj.weight" in lost
+    assert "holds no model.layers.6." in refusal(write_gguf(tmp_path / "said.gguf", said=8))
+    part = "is one of 2 parts: join them with `llama-gguf-split --merge`"
+    assert part in refusal(write_gguf(tmp_path / "m-00001-of-00002.gguf", lost="blk.5.ffn_up"))
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "is a git-lfs pointer" in refusal(tmp_path / "pointer.gguf")
+    assert list((cache / "checkpoints").iterdir()) == [found.folder]
+
+
+def store(folder: Path, change, **config) -> None:
+    """Weights changed one by one, and a quantization_config that says so."""
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        state |= change(name, tensor)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+
+
+def test_fp8_is_dequantised_once_as_its_scales_say(folder, llama, cache, blocks):
+    expected = {}
+
+    def to_fp8(name, weight):
+        if not name.endswith("_proj.weight"):
+            return {name: weight}
+        scale = weight.abs().max() / 448
+        packed = (weight / scale).to(torch.float8_e4m3fn)
+        expected[name] = packed.float() * scale
+        return {name: packed, f"{name}_scale_inv": scale.reshape(1, 1)}
+
+    how = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
+    store(folder, to_fp8, **how)
+    found = resolve_checkpoint(str(folder))
+    assert found.folder.is_relative_to(cache) and found.label == "tiny-llama"
+    assert resolve_checkpoint(str(folder)) == found and load_tokenizer(found.folder)("w9")["input_ids"] == [9]
+    weights = dict(load_model(found.folder, "float32").named_parameters())
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-6, atol=0)
+    assert "quantization_config" not in json.loads((found.folder / "config.json").read_text())
+
+
+def test_mxfp4_is_dequantised_once_and_read_again_as_it_was(make_tiny, tokenizer, tmp_path, cache, blocks):
+    folder, generator = tmp_path / "oss", torch.Generator().manual_seed(1)
+    model = make_tiny("gpt-oss", hidden_size=64, intermediate_size=64, head_dim=16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def pack(name, weight):
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            return {name: weight}
+        shape = (weight.shape[0], weight.shape[2], weight.shape[1] // 32)
+        numbers = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        return {f"{name}_blocks": numbers, f"{name}_scales": torch.full(shape, 124, dtype=torch.uint8)}
+
+    store(folder, pack, quant_method="mxfp4", modules_to_not_convert=["lm_head"])
+    plain = Mxfp4Config(dequantize=True)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=plain)
+    found = load_model(resolve_checkpoint(str(folder)).folder, "float32")
+    torch.testing.assert_close(found(blocks).logits, expected.eval()(blocks).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_that_names_no_architecture_is_taken_by_its_family(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert resolve_checkpoint(str(folder)).folder == folder

@@ -9,8 +9,9 @@ import torch
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.capture.peak import measure_capture_memory
+from simdiff_utils.engine.load import load_tokenizer
 from simdiff_utils.files import repository_root
-from simdiff_utils.models.checkpoints import resolve_checkpoint
+from simdiff_utils.models.checkpoints import copy_companions, resolve_checkpoint
 from simdiff_utils.models.own_code import needs_own_code
 from simdiff_utils.pruning.stage import pruned_checkpoint, removed_layers
 from simdiff_utils.recovery.stage import recovered_checkpoint
@@ -172,3 +173,25 @@ def test_a_grid_trusts_model_by_model():
         "one/a": True,
         "two/b": False,
     }
+
+
+def test_a_tokenizer_with_code_of_its_own_is_asked_about_like_a_model(tmp_path, llama, tokenizer):
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "tokenization_x.X"]}, "tokenizer_class": "X"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass X(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (tmp_path / "tokenization_x.py").write_text(code)
+    with pytest.raises(SimDiffError, match="then set trust_remote_code = True"):
+        resolve_checkpoint(str(tmp_path))
+    with pytest.raises(SimDiffError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
+    folder = resolve_checkpoint(str(tmp_path), trust_remote_code=True).folder
+    loaded = load_tokenizer(folder, trust_remote_code=True)
+    assert type(loaded).__name__ == "X" and loaded("w9")["input_ids"] == [9]
+    (tmp_path / "copy").mkdir()
+    copy_companions(folder, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenization_x.py").exists()

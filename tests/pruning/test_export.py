@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine import stored as stored_weights
@@ -19,10 +19,10 @@ from simdiff_utils.engine import surgery
 from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers, load_model
 from simdiff_utils.files import read_json
-from simdiff_utils.models.checkpoints import checkpoint_folder
+from simdiff_utils.models.checkpoints import checkpoint_folder, resolve_checkpoint
 from simdiff_utils.pruning import export
 from simdiff_utils.pruning.export import export_pruned, export_recovered, refuse_existing, verify_export
-from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
+from tests.helpers import FAMILIES, GROUPED, N_LAYERS, SETS, build_by_hand, logits_of
 
 FACTS = {
     "model": "tiny",
@@ -42,7 +42,7 @@ TOLERANCE = 1e-4
 CHILD = """
 import json, sys, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 root, jobs = sys.argv[1], json.loads(sys.argv[2])
 blocks, found = torch.tensor(json.loads(sys.argv[3])), {}
 for job in jobs:
@@ -288,12 +288,67 @@ def test_the_companions_say_what_was_cut(dense, tmp_path):
 def test_a_recovered_model_carries_the_history(dense, make_tiny, tmp_path):
     export_pruned(dense / "llama", frozenset({1}), tmp_path / "pruned", FACTS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    export_recovered(model, tmp_path / "pruned", tmp_path / "healed", {"recovery": "LoRA, 2 steps"})
+    facts = {"recovery": "LoRA, 2 steps"}
+    export_recovered(model, tmp_path / "pruned", tmp_path / "healed", facts, torch.tensor([[5, 6, 7]]))
     assert read_json(tmp_path / "healed" / "pruning.json")["removed"] == [1]
     assert "| recovery | LoRA, 2 steps |" in (tmp_path / "healed" / "README.md").read_text()
     assert not (tmp_path / "healed" / "mergekit.yaml").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "healed")("w9")["input_ids"] == [9]
     assert len(decoder_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "healed"))) == 5
+
+
+def test_a_checkpoint_that_is_pruned_again_keeps_the_history(dense, tmp_path):
+    """In indices of the first model for whoever cuts that, and in indices of what each cut was made from."""
+    first, second, healed, third = (tmp_path / name for name in ("first", "second", "healed", "third"))
+    export_pruned(dense / "llama", frozenset({1, 4}), first, FACTS)
+    assert resolve_checkpoint(str(first)).label == "tiny without 2 of 6 layers"
+    export_pruned(first, frozenset({1}), second, FACTS | {"model": "else", "source": "first", "hub_id": None})
+    facts = read_json(second / "pruning.json")
+    assert (facts["model"], facts["source"], facts["hub_id"]) == ("tiny", "org/tiny", "org/tiny")
+    assert (facts["removed"], facts["n_layers"]) == ([1], 4)
+    assert (facts["removed_of_first"], facts["n_layers_of_first"]) == ([1, 2, 4], 6)
+    (turn,) = facts["earlier"]
+    assert (turn["removed"], turn["n_layers"]) == ([1, 4], 6)
+    cut = yaml.safe_load((second / "mergekit.yaml").read_text())
+    ranges = [source["layer_range"] for piece in cut["slices"] for source in piece["sources"]]
+    assert ranges == [[0, 1], [3, 4], [5, 6]]
+    assert "--prune-layers 1,2,4 " in (second / "llama_quantize.txt").read_text()
+    card = " ".join((second / "README.md").read_text().split())
+    assert "tiny without 3 of 6 layers" in card and "Earlier cut: layers 1, 4 of 6, by masd." in card
+    assert "their weights unchanged. " in card
+
+    model = AutoModelForCausalLM.from_pretrained(second)
+    export_recovered(model, second, healed, {"recovery": "LoRA, 2 steps"}, torch.tensor([[5, 6, 7]]))
+    assert resolve_checkpoint(str(healed)).label == "tiny without 3 of 6 layers, recovered"
+    export_pruned(healed, frozenset({0}), third, FACTS | {"source": "healed"})
+    facts = read_json(third / "pruning.json")
+    assert facts["removed_of_first"] == [0, 1, 2, 4] and "recovery" not in facts
+    assert [turn.get("recovery") for turn in facts["earlier"]] == [None, {"recovery": "LoRA, 2 steps"}]
+    said = (third / "llama_quantize.txt").read_text()
+    assert "from healed (3 layers)" in said and "--prune-layers 0 " in said
+    assert "their weights as an earlier recovery left them" in " ".join(
+        (third / "README.md").read_text().split()
+    )
+
+
+def test_a_layer_of_multi_token_prediction_is_neither_copied_nor_promised(dense, tmp_path):
+    shutil.copytree(dense / "llama", tmp_path / "mtp")
+    state = stored(tmp_path / "mtp") | {"model.layers.6.eh_proj.weight": torch.ones(32, 64)}
+    save_file(state, tmp_path / "mtp" / "model.safetensors", {"format": "pt"})
+    config = read_json(tmp_path / "mtp" / "config.json") | {"num_nextn_predict_layers": 1}
+    (tmp_path / "mtp" / "config.json").write_text(json.dumps(config))
+    export_pruned(tmp_path / "mtp", frozenset({2}), tmp_path / "pruned", FACTS)
+    assert read_json(tmp_path / "pruned" / "config.json")["num_nextn_predict_layers"] == 0
+    assert not [name for name in stored(tmp_path / "pruned") if "eh_proj" in name]
+
+
+def test_what_one_run_wanted_back_is_not_exported(dense, tmp_path):
+    shutil.copytree(dense / "llama", tmp_path / "dense")
+    (tmp_path / "dense" / "generation_config.json").write_text(
+        '{"return_dict_in_generate": true, "top_k": 5}'
+    )
+    export_pruned(tmp_path / "dense", frozenset({2}), tmp_path / "pruned", FACTS)
+    assert read_json(tmp_path / "pruned" / "generation_config.json") == {"top_k": 5}
 
 
 def test_a_large_export_is_sharded(dense, blocks, tmp_path, monkeypatch):
@@ -406,3 +461,31 @@ def test_the_embedded_models_are_pruned_rightly(name, removed, tmp_path):
         for use_cache in (True, False)
     ]
     assert ways[0] == ways[1]
+
+
+# ---- configs that hold infinity ------------------------------------------------------------------
+
+HYBRID = GROUPED | dict(
+    mamba_n_heads=8, mamba_d_state=8, mamba_d_head=8, mamba_n_groups=1, mamba_chunk_size=8
+)
+INFINITE = {
+    "mamba2": dict(
+        vocab_size=97, hidden_size=32, num_hidden_layers=6, state_size=8, num_heads=8, head_dim=8, n_groups=1
+    ),
+    "falcon_h1": HYBRID | dict(head_dim=8, mamba_d_ssm=64),
+}
+
+
+@pytest.mark.parametrize("model_type", INFINITE)
+def test_a_config_with_infinity_in_it_is_cut(model_type, tokenizer, blocks, tmp_path):
+    """transformers writes `time_step_limit` = (0, inf) as an object, and reads it back by itself alone."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **INFINITE[model_type])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    export_pruned(tmp_path / "dense", frozenset({1, 4}), tmp_path / "pruned", FACTS)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    with surgery.layers_removed(model, frozenset({1, 4})):
+        torch.testing.assert_close(logits_of(reloaded, blocks), logits_of(model, blocks))
+    assert "Infinity" in (tmp_path / "dense" / "config.json").read_text()

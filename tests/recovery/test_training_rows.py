@@ -5,6 +5,7 @@ import copy
 import gzip
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -384,6 +385,7 @@ def test_blocks_are_rows_of_one_length(tokenizer):
 
 def test_a_missing_pad_token_is_told(source, tokenizer, make_tokenizer):
     assert pad_token_id(tokenizer) == 0
+    assert pad_token_id(Mock(pad_token_id=97, eos_token_id=2), 97) == 2  # added to the tokenizer alone
     without = make_tokenizer(pad_token=None)
     assert pad_token_id(without) == 2
     assert load_rows(source, without, 256, seed=0).notes == (

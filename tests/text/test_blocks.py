@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.text.blocks import draw_blocks, token_blocks
+from simdiff_utils.text.blocks import check_token_ids, draw_blocks, token_blocks
 
 ALPHABET = string.ascii_lowercase + " \n"
 IDS = {"<s>": 0, "</s>": 1, "?": 2} | {letter: 3 + i for i, letter in enumerate(ALPHABET)}
@@ -106,3 +106,9 @@ def test_too_few_blocks_names_the_setting_to_lower():
     sentence = "has 3 blocks of 8 tokens, 4 were asked for: lower n_test or seq_len"
     with pytest.raises(SimDiffError, match=sentence):
         draw_blocks(torch.zeros(3, 8, dtype=torch.long), 4, parameter="n_test")
+
+
+def test_a_token_without_embedding_is_a_sentence():
+    check_token_ids(96, 97)
+    with pytest.raises(SimDiffError, match="gives token id 97 and the model has 97 embeddings"):
+        check_token_ids(97, 97)

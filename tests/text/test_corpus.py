@@ -140,6 +140,16 @@ def test_bad_file_is_one_sentence(tmp_path, name, content, sentence):
         text.load_corpus(str(tmp_path / name))
 
 
+def test_half_a_character_and_lists_without_end_are_a_sentence(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "w5"}\n{"text": "w5 \\ud83d"}\n')
+    with pytest.raises(SimDiffError, match="Row 2 of rows.jsonl holds half a character"):
+        text.load_corpus(str(path))
+    path.write_text("[" * 100_000)
+    with pytest.raises(SimDiffError, match="is no complete JSON list"):
+        text.load_corpus(str(path))
+
+
 @pytest.mark.parametrize(
     "name", ["missing.txt", "data/missing.jsonl", "/no/such/folder", "embedded:wiki", ""]
 )

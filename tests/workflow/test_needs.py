@@ -1,6 +1,7 @@
 """What a grid needs, before it starts: every model's size without its weights, and sentences for what would
 stop it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,20 @@ def test_what_cannot_be_had_is_one_sentence(model, sentence, monkeypatch):
 def test_a_folder_without_weights_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SimDiffError, match="no Hugging Face model folder with safetensors weights"):
+        look_up(str(tmp_path))
+
+
+def test_a_gguf_file_that_is_none_is_one_sentence(tmp_path):
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SimDiffError, match="m.gguf is no GGUF file that can be read"):
+        look_up(str(tmp_path / "m.gguf"))
+
+
+def test_a_count_of_layers_that_is_a_text_is_one_sentence(make_tiny, tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "six"}))
+    with pytest.raises(SimDiffError, match="num_hidden_layers = 'six', which is no number"):
         look_up(str(tmp_path))
 
 
