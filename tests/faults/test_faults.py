@@ -66,8 +66,7 @@ def grid(inputs, tmp_path):
 
 
 def test_a_short_soak_loses_nothing(undisturbed, tmp_path):  # the longest, so it comes first
-    seed = 28  # one of those whose first three kills come in one grid, in the order of its phases
-    log = soak(3, 1, seed, undisturbed(), tmp_path, tmp_path / "soak.csv")
+    log = soak(3, 1, 1, undisturbed(), tmp_path, tmp_path / "soak.csv")
     table = tally(log)
     assert len(log) >= 3 and len(pd.read_csv(tmp_path / "soak.csv")) == len(log)
     assert set(table["phase"]) >= set(PHASES) and set(table["victim"]) == set(VICTIMS)
