@@ -47,7 +47,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     folder = Path(folder)
     with told_in_a_sentence(f"transformers cannot read the config of {folder.name}"):
         config = AutoConfig.from_pretrained(folder)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):
         part._attn_implementation = None  # which one is installed, this machine knows
         part.return_dict, part.use_cache = True, True
         part.output_hidden_states = part.output_attentions = False
@@ -61,13 +61,19 @@ def load_model(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         SimDiffError: it cannot be loaded whole, see `check_folder` and `check_whole`.
     """
-    folder = Path(folder)
-    check_folder(folder)
-    options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "config": read_config(folder)}
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        return load_folder(Path(folder), dtype=pick_dtype(dtype), device_map="auto")
+    return load_folder(Path(folder), dtype=pick_dtype(dtype)).to(pick_device())
+
+
+def load_folder(folder: Path, **options: object) -> PreTrainedModel:
+    """A checkpoint in safetensors as transformers loads it with these options, whole.
+
+    A quantization_config among them is one that turns the checkpoint's weights into plain ones.
+    """
+    check_folder(folder, dequantise="quantization_config" in options)
     with _complete_index(folder) as place:
-        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-            return load_whole(place, folder.name, device_map="auto", **options)
-        return load_whole(place, folder.name, **options).to(pick_device())
+        return load_whole(place, folder.name, config=read_config(folder), use_safetensors=True, **options)
 
 
 @contextmanager

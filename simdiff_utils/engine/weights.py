@@ -88,6 +88,7 @@ class StreamedWeights:
 
     def _check(self, loaded: LoadStateDictInfo, missing: list[str]) -> None:
         """As whole as what is loaded at once: what is missing here is known, the rest transformers tells."""
+        loaded.missing_keys = set()  # all that was not asked for this time: thousands of names for each layer
         self.model._adjust_missing_and_unexpected_keys(loaded)  # the family's own ignore lists
         check_whole(self.model, loaded.to_dict() | {"missing_keys": missing}, self._label)
 

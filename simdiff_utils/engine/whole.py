@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.nn import ModuleList
-from transformers import PreTrainedModel
+from transformers import FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
 
 from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.headers import read_header, weight_files
 from simdiff_utils.files import read_json
 
-# Methods whose weights transformers turns into plain ones (see `models.checkpoints`), and how they are stored
-DEQUANTISED = {"fp8": "F8_E4M3", "mxfp4": "U8"}
+# Methods whose weights transformers turns into plain ones: how they are stored, the config that asks for it
+DEQUANTISED = {"fp8": ("F8_E4M3", FineGrainedFP8Config), "mxfp4": ("U8", Mxfp4Config)}
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def check_folder(folder: Path, dequantise: bool = False) -> None:
             f"{folder.name} is quantised ({method}), and layers are measured and cut in full precision: name "
             "the unquantised checkpoint it was made from, or a GGUF file of it."
         )
-    if method and DEQUANTISED[method] not in dtypes:
+    if method and DEQUANTISED[method][0] not in dtypes:
         raise SimDiffError(
             f"config.json of {folder.name} says that its weights are quantised ({method}), and none is: take "
             "quantization_config out of it if they are plain ones."
@@ -86,7 +86,7 @@ def refuse_adapters(folder: Path) -> None:
     names = sorted(file.name for file in files)
     if not names:
         return
-    if any(name not in names for name in (file.name for file in folder.glob("*.safetensors"))):
+    if {*folder.glob("*.safetensors")} - {*files}:
         raise SimDiffError(
             f"{folder.name} holds {names[0]} beside whole weights, and transformers would load the adapter's "
             "base model in their place: move the adapter's files elsewhere, or merge it first."

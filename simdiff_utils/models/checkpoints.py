@@ -11,20 +11,19 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    FineGrainedFP8Config,
-    Mxfp4Config,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simdiff_utils import SimDiffError, assets, one_line, require
+from simdiff_utils import SimDiffError, assets, require
 from simdiff_utils.engine.headers import refuse_pointer
-from simdiff_utils.engine.load import load_whole, read_config
-from simdiff_utils.engine.whole import check_folder, quantisation, refuse_adapters, told_in_a_sentence
+from simdiff_utils.engine.load import load_folder, load_whole
+from simdiff_utils.engine.whole import (
+    DEQUANTISED,
+    check_folder,
+    quantisation,
+    refuse_adapters,
+    told_in_a_sentence,
+)
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
 from simdiff_utils.models import shapes
 from simdiff_utils.models.names import (
@@ -35,6 +34,7 @@ from simdiff_utils.models.names import (
     read_model_name,
 )
 from simdiff_utils.models.own_code import brings_model_code, needs_own_code, trust_code
+from simdiff_utils.models.record import read_record, title
 
 _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
@@ -106,13 +106,10 @@ def _locate(model: str, files: list[str]) -> tuple[Path, str, str | None]:
 
 def _label_folder(folder: Path) -> str:
     """A folder's name; of a checkpoint of ours, which model it is without how many layers."""
-    record = folder / "pruning.json"
-    if not record.is_file():
+    record = read_record(folder)
+    if record is None:
         return folder.resolve().name
-    facts = read_json(record)
-    n_layers, removed = (facts.get(f"{name}_of_first", facts[name]) for name in ("n_layers", "removed"))
-    recovered = ", recovered" if "recovery" in facts else ""
-    return f"{facts['model']} without {len(removed)} of {n_layers} layers{recovered}"
+    return title(record) + (", recovered" if "recovery" in record else "")
 
 
 def _convert_gguf(gguf: Path, target: Path) -> Path:
@@ -127,20 +124,16 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
     model = load_whole(gguf.parent, f"the GGUF file {gguf.name}", dtype=torch.float32, gguf_file=gguf.name)
     with told_in_a_sentence(f"transformers cannot read the tokenizer in {gguf.name}"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return _write_plain(model, target, lambda partial: tokenizer.save_pretrained(partial))
+    return _write_plain(model, target, tokenizer.save_pretrained)
 
 
 def _dequantise(folder: Path, method: str) -> Path:
     """A checkpoint in plain weights of a quantised one, in the dtype that its config states; made once."""
-    check_folder(folder, dequantise=True)
     target = assets.cache_dir() / "checkpoints" / f"{method}-{hash_checkpoint(folder)[:16]}"
     if target.exists():
         return target
-    plain = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method](dequantize=True)
-    config = read_config(folder)
-    model = load_whole(
-        folder, folder.name, dtype="auto", config=config, quantization_config=plain, use_safetensors=True
-    )
+    plain = DEQUANTISED[method][1](dequantize=True)
+    model = load_folder(folder, dtype="auto", quantization_config=plain)
     return _write_plain(model, target, lambda partial: copy_companions(folder, partial))
 
 
@@ -159,7 +152,7 @@ def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> Non
     refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise SimDiffError(f"{model} holds no config.json, so it is no Hugging Face model folder.")
-    try:
+    with told_in_a_sentence(f"transformers cannot read the config of {model}"):
         own_code = needs_own_code(folder)
         if own_code and not trust_remote_code:
             raise SimDiffError(
@@ -169,10 +162,6 @@ def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> Non
         if own_code:
             trust_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except SimDiffError:
-        raise
-    except Exception as error:  # what the families' own checks raise has no common kind
-        raise SimDiffError(f"transformers cannot read the config of {model}: {one_line(error)}") from error
     names = config.architectures or []
     if names or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         causal = brings_model_code(folder) or set(names) & _CAUSAL

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from simdiff_utils.files import write_json
 from simdiff_utils.models.checkpoints import copy_companions
+from simdiff_utils.models.record import title, was_healed
 
 _CARD = """---
 library_name: transformers
@@ -56,18 +57,17 @@ def _write_card(facts: dict) -> str:
             weights were changed.
     """
     measured = facts["measured"] | facts.get("recovery", {})
-    removed, n_layers, recovered = facts["removed_of_first"], facts["n_layers_of_first"], "recovery" in facts
-    healed = any("recovery" in turn for turn in facts["earlier"])
-    weights = "as an earlier recovery left them" if healed else "unchanged"
+    recovered = "recovery" in facts
+    weights = "as an earlier recovery left them" if was_healed(facts) else "unchanged"
     cut_elsewhere = " `mergekit.yaml` and `llama_quantize.txt` make this cut elsewhere."
     as_they_are = ("model", "criterion", "calibration", "text", "machine")
     return _CARD.format(
         base_model=f"\nbase_model: {facts['hub_id']}" if facts["hub_id"] else "",
-        title=f"{facts['model']} without {len(removed)} of {n_layers} layers",
-        n_layers=n_layers,
+        title=title(facts),
+        n_layers=facts["n_layers_of_first"],
         weights=weights + (" before the recovery" if recovered else ""),
         turns="".join(_write_turn(turn) for turn in facts["earlier"]),
-        removed=", ".join(map(str, removed)) or "none",
+        removed=", ".join(map(str, facts["removed_of_first"])) or "none",
         kept=len(facts["kept"]),
         alpha="" if facts["alpha"] is None else f" at alpha = {facts['alpha']:.3g}",
         measured="\n".join(f"| {name} | {value} |" for name, value in measured.items()),

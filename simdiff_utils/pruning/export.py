@@ -19,8 +19,8 @@ from simdiff_utils.engine.stored import StoredWeights
 from simdiff_utils.engine.surgery import keep, plan_cut
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
+from simdiff_utils.models.record import extend_record, was_healed
 from simdiff_utils.pruning.card import write_companions
-from simdiff_utils.pruning.record import extend_record
 
 _SHARD_BYTES = 5 * 10**9
 _MERGEKIT = """# The same cut of {model} ({n_layers} layers) by mergekit: mergekit-yaml mergekit.yaml OUTPUT
@@ -94,8 +94,8 @@ def export_recovered(
 
 def _write_other_tools(folder: Path, facts: dict, dtype: str) -> None:
     """The same cut for mergekit and llama.cpp: of the first model, or of the last one that was healed."""
-    healed = any("recovery" in turn for turn in facts["earlier"])
-    n_layers, removed = (facts[name if healed else f"{name}_of_first"] for name in ("n_layers", "removed"))
+    which = "{}" if was_healed(facts) else "{}_of_first"
+    n_layers, removed = (facts[which.format(name)] for name in ("n_layers", "removed"))
     of = {"model": facts["source"], "n_layers": n_layers}
     slices = "\n".join(_slices(keep(frozenset(removed), n_layers), facts["source"]))
     mergekit = _MERGEKIT.format(dtype=dtype, slices=slices, **of)

@@ -181,8 +181,9 @@ def _write(run: Run, trained: Trained, rows: TrainingRows, start: Path, work: Pa
 
 
 def _export(run: Run, model: PreTrainedModel, start: Path, folder: Path, facts: dict) -> None:
+    dtype = pick_dtype(run.settings.export_dtype)
     for parameter in model.parameters():  # buffers stay as they are: a reload has them in full precision, too
-        parameter.data = parameter.data.to(pick_dtype(run.settings.export_dtype))
+        parameter.data = parameter.data.to(dtype)
     export_recovered(model, start, folder / "model", facts, run.blocks("validation")[:1])
 
 

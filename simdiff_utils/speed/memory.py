@@ -6,8 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simdiff_utils.engine.fresh import run_fresh
-from simdiff_utils.engine.load import load_whole, read_config
-from simdiff_utils.engine.whole import check_folder
+from simdiff_utils.engine.load import load_folder, read_config
 from simdiff_utils.models.own_code import trust_as_parent
 from simdiff_utils.provenance import peak_memory_gib
 from simdiff_utils.speed.generate import Protocol, decode, fill_cache, new_cache, prefill
@@ -47,12 +46,10 @@ def probe(
     """Load and run, in this process; see `measure_peak_memory`."""
     trust_as_parent()
     folder = Path(checkpoint)
-    check_folder(folder)
-    config = read_config(folder)
     with torch.device("meta"):  # brings in the model's code, so that the baseline holds it, without weights
-        AutoModelForCausalLM.from_config(config)
+        AutoModelForCausalLM.from_config(read_config(folder))
     baseline = _peak()
-    model = load_whole(folder, folder.name, dtype=getattr(torch, dtype), use_safetensors=True, config=config)
+    model = load_folder(folder, dtype=getattr(torch, dtype))
     if torch.cuda.is_available():
         model.to("cuda")
     token, cache = prefill(model, torch.zeros(batch_size, prompt_len, dtype=torch.long, device=model.device))
