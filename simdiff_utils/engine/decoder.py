@@ -19,7 +19,7 @@ from simdiff_utils.engine.budget import plan_states_room
 from simdiff_utils.engine.entangled import refuse_entangled
 from simdiff_utils.engine.load import decoder_layers, input_device, load_model, pick_dtype, text_config
 from simdiff_utils.engine.states import HiddenStates, split_prefixes
-from simdiff_utils.engine.stubs import Call, LayerStubs
+from simdiff_utils.engine.stubs import Call, LayerStubs, states_of
 from simdiff_utils.engine.weights import StreamedWeights
 
 Removed = frozenset[int]
@@ -58,7 +58,8 @@ class Decoder:
         self._layers = decoder_layers(model)
         self.n_layers = len(self._layers)
         self._stubs = LayerStubs(model, self._layers)
-        refuse_entangled(model, self._layers, self._stubs)
+        at_hand = range(1 if self.streamed else self.n_layers)
+        refuse_entangled(model, self._layers, self._stubs, map(self.layer, at_hand))
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden states [batch, seq, d] that enter layer 0, and how each layer is called; no layer is
@@ -180,8 +181,7 @@ class _Wave:
         for n, (batch, calls) in enumerate(zip(self.batches, self.calls, strict=True)):
             args, kwargs = calls[layer_idx]
             before = self.states.get((prefix, n)).to(batch.device)
-            after = layer(before, *args, **kwargs)
-            yield before, (after[0] if isinstance(after, (tuple, list)) else after).to(before.device)
+            yield before, states_of(layer(before, *args, **kwargs)).to(before.device)
 
     def go_around(self, layer_idx: int, prefix: Removed) -> None:
         """The same states also for the sets that leave this layer out."""

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from simdiff_utils import SimDiffError, require
 from simdiff_utils.engine.headers import refuse_pointer
@@ -54,6 +56,13 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """transformers' class for the architecture that a config names: where it has towers beside its language
+    model, the one that keeps them."""
+    wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return AutoModelForImageTextToText if wrapper in (config.architectures or ()) else AutoModelForCausalLM
+
+
 def load_model(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """Load a checkpoint for inference, weights in `dtype`, eval mode: on `pick_device()`, or spread by
     accelerate over the GPUs of the machine where it has several.
@@ -73,7 +82,8 @@ def load_folder(folder: Path, **options: object) -> PreTrainedModel:
     """
     check_folder(folder, dequantise="quantization_config" in options)
     with _complete_index(folder) as place:
-        return load_whole(place, folder.name, config=read_config(folder), use_safetensors=True, **options)
+        options |= dict(config=read_config(folder), use_safetensors=True)
+        return load_whole(place, folder.name, auto_class(options["config"]), **options)
 
 
 @contextmanager
@@ -91,10 +101,13 @@ def _complete_index(folder: Path) -> Iterator[Path]:
         yield Path(links)
 
 
-def load_whole(folder: Path, label: str, **options: object) -> PreTrainedModel:
+def load_whole(
+    folder: Path, label: str, loader: type = AutoModelForCausalLM, **options: object
+) -> PreTrainedModel:
     """What transformers loads with these options, in eval mode, if every weight comes from the checkpoint."""
     with told_in_a_sentence(f"transformers cannot load {label}"):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # `check_whole` names them
+        model, info = loader.from_pretrained(folder, **options)
     check_whole(model, info, label)
     return model.eval()
 
@@ -124,13 +137,15 @@ def decoder_stack(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers, found by structure: the one list of modules as long as the config says.
+    """The decoder layers, found by structure: the one list of modules in the language model that is as long
+    as the config says.
 
     Raises:
         SimDiffError: there is no such list, or more than one.
     """
     n_layers = text_config(model).num_hidden_layers
-    for modules in (decoder_stack(model).children(), decoder_stack(model).modules()):  # near ones first
+    language_model = model.get_decoder()  # without the towers, which have layers too
+    for modules in (language_model.children(), language_model.modules()):  # near ones first
         found = [m for m in modules if isinstance(m, nn.ModuleList) and len(m) == n_layers]
         if found:
             break
@@ -140,6 +155,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             "layers should be; this architecture cannot be pruned by layers."
         )
     return found[0]
+
+
+def tower_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
+    """The parameters of what stands beside the language model (a vision tower, its projector), which text
+    never reaches."""
+    return {*decoder_stack(model).parameters()} - {*model.get_decoder().parameters()}
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -181,10 +202,7 @@ def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_new_tokens: int = 40
 ) -> str:
     """Greedy continuation with the KV cache, prompt included."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs = {
-        name: encoded[name] for name in ("input_ids", "attention_mask")
-    }  # some give more than models take
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     # one text alone is never padded: any id will do that has an embedding
     greedy = dict(do_sample=False, use_cache=True, return_dict_in_generate=False, pad_token_id=0)
     tokens = model.generate(**inputs, max_new_tokens=n_new_tokens, **greedy)

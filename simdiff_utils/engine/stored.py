@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.headers import StoredTensor, read_header, weight_files
@@ -37,7 +39,12 @@ class StoredWeights:
         # what stands before a layer's index, the index, what follows it
         pattern = re.compile(rf"((?:.*?\.)?{re.escape(path.rpartition('.')[2])}\.)(\d+)(\..+)")
         found = {name: match for name in self.tensors if (match := pattern.fullmatch(name))}
-        prefix = _decoder_prefix([match.groups() for match in found.values()], path, len(layers), folder)
+        prefix = _decoder_prefix({name: match[1] for name, match in found.items()}, path, model)
+        if prefix is None:
+            raise SimDiffError(
+                f"the weights in {folder.name} do not tell {len(layers)} decoder layers apart by names like "
+                f"{path}.0; save them with this transformers."
+            )
         self._found = {name: match for name, match in found.items() if match[1] == prefix}
         self.rest = [name for name in self.tensors if name not in self._found]
         self.layers: list[list[str]] = [[] for _ in layers]
@@ -52,18 +59,20 @@ class StoredWeights:
         return f"{match[1]}{new_idx[int(match[2])]}{match[3]}" if match else name
 
 
-def _decoder_prefix(found: list[tuple[str, str, str]], path: str, n_layers: int, folder: Path) -> str:
-    """What stands before a decoder layer's index. A vision tower has layers too; and a file may leave out or
-    add the first parts of the model's own path to its list of layers."""
-    indices: dict[str, set[int]] = {}
-    for prefix, layer_idx, _ in found:
-        indices.setdefault(prefix, set()).add(int(layer_idx))
-    complete = [prefix for prefix, seen in indices.items() if seen >= set(range(n_layers))]
-    # The ends of the model's own path, and paths that end in it.
-    own = [p for p in complete if f".{path}.".endswith(f".{p}") or f".{p}".endswith(f".{path}.")]
-    if len(own or complete) != 1:
-        raise SimDiffError(
-            f"the weights in {folder.name} do not tell {n_layers} decoder layers apart by names like "
-            f"{path}.0; save them with this transformers."
-        )
-    return (own or complete)[0]
+def _decoder_prefix(prefixes: dict[str, str], path: str, model: PreTrainedModel) -> str | None:
+    """What stands before a decoder layer's index in a file; None: nothing.
+
+    Of all prefixes (a vision tower's layers have one, too) the first with a tensor that transformers loads
+    into the model's own list of layers.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    own = (model.base_model_prefix, model.state_dict())
+    for name, prefix in prefixes.items():
+        loaded_as = {
+            rename_source_key(name, *given, *own)[0] for given in ((renamings, converters), ([], []))
+        }
+        if any(new in own[1] and new.startswith(f"{path}.") for new in loaded_as):
+            return prefix
+    return None

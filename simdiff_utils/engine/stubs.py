@@ -17,15 +17,21 @@ Call = tuple[tuple, dict]  # what a layer is given beside the hidden states
 Answer = Callable[[int, Tensor, Call], Tensor]  # instead of a layer: its index, the states given, the rest
 
 
+def states_of(output: Tensor | tuple | list) -> Tensor:
+    """The hidden states [batch, seq, d] in what a layer returns: alone, or first among others."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 class LayerStubs:
     """A model whose layers answer without computing.
 
     Attributes:
-        return_tuples: whether its forward takes a layer's answer out of a tuple.
+        wrap: what a layer's answer becomes on its way to the model's forward: itself, or a tuple that begins
+            with it.
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
-        self.return_tuples = False
+        self.wrap: Callable[[Tensor], Tensor | tuple] = lambda hidden: hidden
         self._model, self._n_layers, self._device = model, len(layers), input_device(model)
         self._stubs = nn.ModuleList(_Stub(self, layer, layer_idx) for layer_idx, layer in enumerate(layers))
         self._answer: Answer | None = None
@@ -87,7 +93,6 @@ class _Stub(nn.Module):
     def __getattr__(self, name: str) -> object:
         return getattr(self._layer, name)
 
-    def forward(self, *args, **kwargs) -> Tensor | tuple[Tensor]:
+    def forward(self, *args, **kwargs) -> Tensor | tuple:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-        answer = self._stubs._answer(self._stub_idx, hidden, (args, kwargs))
-        return (answer,) if self._stubs.return_tuples else answer
+        return self._stubs.wrap(self._stubs._answer(self._stub_idx, hidden, (args, kwargs)))

@@ -10,13 +10,13 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import logging
 
-from simdiff_utils.engine.load import decoder_layers, pick_device, read_config
+from simdiff_utils.engine.load import auto_class, decoder_layers, pick_device, read_config
 from simdiff_utils.engine.stored import StoredWeights
 from simdiff_utils.engine.whole import check_folder, check_whole
 
@@ -25,7 +25,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     """The model of a config without memory for its weights (meta device); buffers are real."""
     given = {} if dtype is None else {"dtype": dtype}  # None would be written into the config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **given)
+        model = auto_class(config).from_config(copy.deepcopy(config), **given)
     model.tie_weights()  # which the context, giving every name a tensor of its own, has undone
     return model.eval()
 

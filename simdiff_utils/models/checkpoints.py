@@ -11,12 +11,18 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from simdiff_utils import SimDiffError, assets, require
 from simdiff_utils.engine.headers import refuse_pointer
-from simdiff_utils.engine.load import load_folder, load_whole
+from simdiff_utils.engine.load import auto_class, load_folder, load_whole
 from simdiff_utils.engine.whole import (
     DEQUANTISED,
     check_folder,
@@ -164,10 +170,11 @@ def _refuse_unsuitable(folder: Path, model: str, trust_remote_code: bool) -> Non
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = config.architectures or []
     if names or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        causal = brings_model_code(folder) or set(names) & _CAUSAL
+        wraps_one = auto_class(config) is not AutoModelForCausalLM
+        causal = wraps_one or brings_model_code(folder) or set(names) & _CAUSAL
     else:
         causal = True  # older tools leave the architecture out
-    if config.is_encoder_decoder or not causal:
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder or not causal:
         raise SimDiffError(
             f"{model} is no decoder-only language model (its architecture is "
             f"{', '.join(names) or config.model_type}); name a causal language model."

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from simdiff_utils.engine.load import auto_class, read_config
 from simdiff_utils.files import write_json
 from simdiff_utils.models.checkpoints import copy_companions
 from simdiff_utils.models.record import title, was_healed
@@ -24,8 +25,8 @@ Model and text: {model}; {text}. Machine: {machine}. Perplexity on one text is n
 own task.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+from transformers import {loader}, AutoTokenizer
+model, tokenizer = {loader}.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 ```
 
 `pruning.json` holds indices, scores, settings, hashes and versions.{same_cut}
@@ -36,7 +37,8 @@ def write_companions(source: Path, folder: Path, facts: dict) -> None:
     """What goes with the weights as it is (see `copy_companions`), `pruning.json` and the model card."""
     copy_companions(source, folder)
     write_json(folder / "pruning.json", facts)
-    (folder / "README.md").write_text(_write_card(facts), encoding="utf-8")
+    loader = auto_class(read_config(folder)).__name__
+    (folder / "README.md").write_text(_write_card(facts, loader), encoding="utf-8")
 
 
 def _write_turn(turn: dict) -> str:
@@ -48,13 +50,14 @@ def _write_turn(turn: dict) -> str:
     return f"\nEarlier cut: layers {removed} of {turn['n_layers']}, by {turn['criterion']}{recovery}.\n"
 
 
-def _write_card(facts: dict) -> str:
+def _write_card(facts: dict, loader: str) -> str:
     """The model card, in Markdown.
 
     Args:
         facts: model, source (hub id or folder name), hub_id (or None), criterion, alpha (or None),
             calibration (words), measured {words: value}, text, machine; recovery {words: value} for one whose
             weights were changed.
+        loader: transformers' class that opens the folder.
     """
     measured = facts["measured"] | facts.get("recovery", {})
     recovered = "recovery" in facts
@@ -72,5 +75,6 @@ def _write_card(facts: dict) -> str:
         alpha="" if facts["alpha"] is None else f" at alpha = {facts['alpha']:.3g}",
         measured="\n".join(f"| {name} | {value} |" for name, value in measured.items()),
         same_cut="" if recovered else cut_elsewhere,
+        loader=loader,
         **{name: facts[name] for name in as_they_are},
     )

@@ -130,7 +130,7 @@ def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, to
         if exported.streamed:
             logits = next(exported.logits(states) for _, _, states in exported.run(tokens, 1))
         else:
-            logits = exported.model(input_ids=tokens.to(exported.model.device), use_cache=False).logits
+            logits = exported.model(input_ids=tokens.to(exported.model.device), use_cache=True).logits
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         raise SimDiffError(
             f"{type(dense.model).__name__} does not run without layers {sorted(removed)}: {one_line(error)}"

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.logits import logits_in_chunks, rows_in_cache
+from simdiff_utils.engine.stubs import states_of
 
 
 def distillation_loss(
@@ -63,4 +64,4 @@ def last_states(model: nn.Module, inner: PreTrainedModel, inputs: dict) -> Tenso
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    return states_of(caught[0])

@@ -87,7 +87,7 @@ def train_lora(
     how = {"recipe": asdict(recipe), "dtype": str(dtype), "seed": seed}
     checkpoint = _open_folder(folder, what | how)
     set_seed(seed)
-    use_cache = model.config.use_cache  # the Trainer switches it off in the config, which is exported later
+    config = dict(vars(model.config))  # the Trainer switches the cache off in it, and it is exported later
     with warnings.catch_warnings():  # PEFT asks for an attribute that transformers 5 has renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft_model = get_peft_model(model, lora_config(model, recipe))
@@ -106,7 +106,8 @@ def train_lora(
             ) from error
         raise
     finally:
-        model.config.use_cache = use_cache
+        vars(model.config).clear()
+        vars(model.config).update(config)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_disable()
     n_trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)

@@ -1,14 +1,17 @@
 """How LoRA adapters are trained: recipes, the published one among them, and PEFT's settings for a model."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
 from peft import LoraConfig
-from torch import nn
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from simdiff_utils import SimDiffError
-from simdiff_utils.engine.load import decoder_layers
+from simdiff_utils.engine.load import decoder_layers, input_device
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -60,28 +63,67 @@ def recipe_for(preset: str, **given) -> Recipe:
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
-    """PEFT's settings; every linear layer of the decoder where the model has other names than the published
-    ones.
+    """PEFT's settings; every projection of the decoder layers where the model has other names than the
+    published ones.
 
-    Neither way touches the embedding or the head: they stay as they are, and no gradient is kept for them.
+    Nothing else is touched, neither embedding nor head nor a tower, and no gradient is kept for it. Left out
+    are routers, whose choice of experts is no projection, and what a family's own kernels multiply without
+    asking the module (a Mamba mixer's out_proj), which PEFT refuses.
 
     Raises:
         SimDiffError: the recipe names modules of its own choice that the decoder layers do not have.
     """
-    named = decoder_layers(model).named_modules()
-    linear = {name.rpartition(".")[2] for name, module in named if isinstance(module, (nn.Linear, Conv1D))}
-    unknown = sorted(set(recipe.target_modules) - linear)
-    if unknown and recipe.target_modules != PROJECTIONS:
-        raise SimDiffError(
-            f"target_modules names {', '.join(unknown)}, and the layers of {type(model).__name__} have "
-            f"{', '.join(sorted(linear))}; leave it empty for all of them."
-        )
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.dropout,
-        target_modules="all-linear" if unknown else list(recipe.target_modules),
         # GPT-2 stores W transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+    found = {
+        name: paths for name, paths in _projections(model).items() if _takes_adapters(config, model, name)
+    }
+    names = recipe.target_modules
+    unknown = sorted(set(names) - set(found))
+    if unknown and names != PROJECTIONS:
+        raise SimDiffError(
+            f"target_modules names {', '.join(unknown)}, and the layers of {type(model).__name__} have "
+            f"{', '.join(sorted(found))}; leave it empty for all of them."
+        )
+    config.target_modules = {path for name in (found if unknown else names) for path in found[name]}
+    return config
+
+
+@torch.inference_mode()
+def _projections(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Paths of the matrices in the decoder layers that the model itself asks for products, by the last part
+    of their names.
+
+    Tried on a short text. A router, a class below Linear in some families, returns its choice as well; and a
+    mixer may read a matrix by itself, so that an adapter on it would never learn.
+    """
+    inside = set(decoder_layers(model).modules())
+    found: dict[str, list[str]] = {}
+    products: dict[str, bool] = {}
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if module in inside and isinstance(module, (nn.Linear, Conv1D)):
+                name = path.rpartition(".")[2]
+                found.setdefault(name, []).append(path)
+
+                def note(_module: nn.Module, _args: tuple, output: object, name: str = name) -> None:
+                    products[name] = products.get(name, True) and isinstance(output, Tensor)
+
+                hooks.callback(module.register_forward_hook(note).remove)
+        model(input_ids=torch.tensor([[1, 2, 3, 4]], device=input_device(model)), use_cache=False)
+    return {name: paths for name, paths in found.items() if products.get(name)}
+
+
+def _takes_adapters(config: LoraConfig, model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT can put an adapter on the family's modules of this name."""
+    try:
+        _check_lora_target_modules_mamba(config, model, name)
+    except ValueError:
+        return False
+    return True

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from simdiff_utils import SimDiffError
+from simdiff_utils.engine.load import tower_parameters
 from simdiff_utils.speed.generate import Protocol, now, prefill
 
 _N_TRIES = 7  # of a measured rate, besides the one that warms up
@@ -52,10 +53,12 @@ class Rates:
 
 def _parameters_read(model: PreTrainedModel) -> list[nn.Parameter]:
     """All parameters that a step reads, each once: a matrix tied to the head is the head. Embeddings that are
-    not the head (untied input, learned positions) count nothing: a step looks up one row of them."""
+    not the head (untied input, learned positions) count nothing: a step looks up one row of them. Nor do
+    towers, which text does not reach."""
     head = model.get_output_embeddings().weight
     rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head)}
-    return [p for p in model.parameters() if id(p) not in rows]
+    towers = tower_parameters(model)
+    return [p for p in model.parameters() if id(p) not in rows and p not in towers]
 
 
 def _share_read(model: PreTrainedModel, parameter: nn.Parameter, n_tokens: int) -> float:
@@ -84,13 +87,13 @@ def count_pass(model: PreTrainedModel, *, batch_size: int, n_tokens: int, n_cach
 
     Raises:
         SimDiffError: experts, and no word in the config of how many a token is sent to; a model without a KV
-            cache.
+            cache, or with states beside it.
     """
+    _, cache = prefill(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     read = _parameters_read(model)
     n_weights = sum(p.numel() * _share_read(model, p, batch_size * n_tokens) for p in read)
     n_head = model.get_output_embeddings().weight.numel()
     n_multiplied = sum(p.numel() * _share_read(model, p, 1) for p in read if p.dim() > 1) - n_head
-    _, cache = prefill(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     n_heads, total = model.config.get_text_config().num_attention_heads, n_cached + n_tokens
     kv_numbers = n_pairs_by_width = 0
     for layer in cache.layers:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from simdiff_utils import SimDiffError
 
@@ -70,13 +71,13 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache | None = Non
         (the greedy next token [batch, 1], the cache, which now holds `length` tokens).
 
     Raises:
-        SimDiffError: the model kept no KV cache of that length.
+        SimDiffError: the model kept no KV cache of that length, or states of another kind.
     """
     # Only the last position's logits are needed; those of all would cost more than the layers do.
     takes = inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     output = model(input_ids=input_ids, use_cache=True, past_key_values=cache, **last_only)
-    _check_cache(output.past_key_values, input_ids.shape[1])
+    _check_cache(getattr(output, "past_key_values", None), input_ids.shape[1])
     return output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
@@ -121,6 +122,12 @@ def fill_cache(model: PreTrainedModel, cache: Cache, batch_size: int, n_tokens: 
 
 
 def _check_cache(cache: object, n_tokens: int) -> None:
+    layers = cache.layers if isinstance(cache, Cache) else []
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        raise SimDiffError(
+            "Some layers of this model keep other states than keys and values (linear attention, state "
+            "space, convolution): this model cannot be timed with a KV cache."
+        )
     length = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     if length != n_tokens:
         raise SimDiffError(

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from simdiff_utils.engine.fresh import run_fresh
-from simdiff_utils.engine.load import load_folder, read_config
+from simdiff_utils.engine.load import auto_class, load_folder, read_config
 from simdiff_utils.models.own_code import trust_as_parent
 from simdiff_utils.provenance import peak_memory_gib
 from simdiff_utils.speed.generate import Protocol, decode, fill_cache, new_cache, prefill
@@ -47,7 +46,8 @@ def probe(
     trust_as_parent()
     folder = Path(checkpoint)
     with torch.device("meta"):  # brings in the model's code, so that the baseline holds it, without weights
-        AutoModelForCausalLM.from_config(read_config(folder))
+        config = read_config(folder)
+        auto_class(config).from_config(config)
     baseline = _peak()
     model = load_folder(folder, dtype=getattr(torch, dtype))
     if torch.cuda.is_available():

@@ -126,6 +126,19 @@ def test_streamed_answers_equal_those_in_memory(make_tiny, tokenizer, tiny_model
         same(streamed.loglikelihood(asked), in_memory.loglikelihood(asked))
 
 
+def test_tokenizers_without_special_tokens_are_refused(llama, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    written = Instance(
+        "generate_until", {}, ("w3 w4", {"until": ["w9"], "max_gen_toks": 4}), 0, ("gsm8k", 0, 1)
+    )
+    with pytest.raises(SimDiffError, match="gsm8k has the model write text until its tokenizer's EOS token"):
+        SetsLM(Decoder(llama), bare, (DENSE,)).generate_until([written])
+    bare.bos_token = None
+    with pytest.raises(SimDiffError, match="BOS or EOS token, and it has neither: name eos_token"):
+        SetsLM(Decoder(llama), bare, (DENSE,))
+
+
 def test_every_input_is_run_once_for_all_sets(llama, tokenizer, data, monkeypatch):
     decoder, ran = Decoder(llama), []
     run = decoder.run

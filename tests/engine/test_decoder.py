@@ -310,6 +310,12 @@ def test_layers_under_accelerates_hooks(name, make_tiny, blocks, tmp_path):
             "reads more of the text",
         ),
         ("rwkv", dict(attention_hidden_size=32), "hand on more than hidden states"),
+        ("xlm-roberta-xl", {}, "in its layer 0 tokens depend on later ones, as in an encoder"),
+        (
+            "kimi_linear",
+            dict(pad_token_id=0, head_dim=8),
+            "its layer 4 does not run",
+        ),  # heads that do not fit each other
     ],
 )
 def test_entangled_layers_are_refused_naming_family_and_cause(family, changes, words, tmp_path):
@@ -318,6 +324,35 @@ def test_entangled_layers_are_refused_naming_family_and_cause(family, changes, w
     with pytest.raises(SimDiffError, match=words) as error:
         open_decoder(tmp_path, "float32")
     assert type(model).__name__ in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("read", "words"), [(False, None), (True, "is given more of the one before")])
+def test_what_layers_return_beside_their_states_is_nobodys(llama, blocks, read, words):
+    """A forward that takes a pair apart; read: and gives its second part to the next layer."""
+    expected = logits_of(llama, blocks)
+    for layer in llama.model.layers:
+        alone = layer.forward
+        layer.forward = lambda hidden, *args, alone=alone, beside=None, **kwargs: (
+            alone(hidden, *args, **kwargs),
+            1,
+        )
+
+    def forward(input_ids, **kwargs):
+        hidden, beside = llama.model.embed_tokens(input_ids), None
+        positions = torch.arange(input_ids.shape[1])[None]
+        rotary = llama.model.rotary_emb(hidden, positions)
+        for layer in llama.model.layers:
+            given = {"beside": beside} if read else {}
+            hidden, beside = layer(hidden, position_embeddings=rotary, **given)
+        return (llama.model.norm(hidden),)
+
+    llama.model.forward = forward
+    if words:
+        with pytest.raises(SimDiffError, match=words):
+            Decoder(llama)
+        return
+    states = next(Decoder(llama).run(blocks, 5))[2]
+    torch.testing.assert_close(llama.lm_head(llama.model.norm(states)), expected)
 
 
 def test_shared_weights_are_refused(make_tiny):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.weights import skeleton
@@ -12,6 +12,7 @@ from simdiff_utils.speed import bound
 from simdiff_utils.speed.bound import Rates, Work, bound_phases, count_pass, ideal_seconds, measure_rates
 from simdiff_utils.speed.generate import Protocol, fill_cache, new_cache
 from simdiff_utils.speed.timing import without_layers
+from tests.families import OTHERS, WRAPPERS
 from tests.helpers import FAMILIES
 
 D, MLP, VOCAB, N_LAYERS, HEAD_DIM = 32, 48, 97, 6, 8
@@ -50,6 +51,21 @@ def test_experts_without_a_number_are_refused(make_tiny):
     model = make_tiny("mixtral")
     model.config.num_experts_per_tok = 0
     with pytest.raises(SimDiffError, match="does not say num_experts_per_tok"):
+        count_pass(model, batch_size=1, n_tokens=1)
+
+
+def test_a_vision_tower_is_not_read():
+    config = AutoConfig.for_model("gemma3", **WRAPPERS["gemma3"])
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    text = AutoModelForCausalLM.from_config(config.get_text_config()).eval()
+    works = [count_pass(model, batch_size=1, n_tokens=5, n_cached=3) for model in (whole, text)]
+    assert works[0] == works[1]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1", "mamba"])
+def test_states_beside_keys_and_values_are_refused(name):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **OTHERS[name])).eval()
+    with pytest.raises(SimDiffError, match="cannot be timed with a KV cache"):
         count_pass(model, batch_size=1, n_tokens=1)
 
 

@@ -44,7 +44,15 @@ class SetsLM(HFLM):
         Args:
             sets: 0-based layer indices to leave out.
             batch_tokens: tokens of a forward pass, padding included; a longer input is a batch of its own.
+
+        Raises:
+            SimDiffError: the tokenizer has neither BOS nor EOS.
         """
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise SimDiffError(
+                "lm-eval begins every text with the tokenizer's BOS or EOS token, and it has neither: name "
+                "eos_token in tokenizer_config.json, or measure no tasks (task_grid: [])."
+            )
         batch_size = 1 if decoder.device.type == "cpu" else 8  # of generation only
         super().__init__(decoder.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._device = decoder.device
@@ -74,6 +82,11 @@ class SetsLM(HFLM):
             raise SimDiffError(
                 f"{requests[0].task_name} has the model write text, which it cannot while it is "
                 "streamed from disk: raise memory_gib where there is room, or leave the task out."
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise SimDiffError(
+                f"{requests[0].task_name} has the model write text until its tokenizer's EOS token, and it "
+                "has none: name eos_token in tokenizer_config.json, or leave the task out."
             )
         n_new = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
         if n_new >= self.max_length:
