@@ -24,6 +24,14 @@ from simdiff_utils.engine.headers import refuse_pointer
 from simdiff_utils.engine.whole import check_folder, check_whole, told_in_a_sentence
 from simdiff_utils.files import read_json, write_json
 
+# What one run wanted, and somebody's training saved in a config: as a checkpoint is run here, and exported.
+RUN_OPTIONS = {
+    "return_dict": True,
+    "use_cache": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+}
+
 
 def pick_device() -> torch.device:
     """The first GPU where there is one (of several processes of a launcher, each takes its own), else the
@@ -51,8 +59,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     for part in (config, config.get_text_config()):
         part._attn_implementation = None  # which one is installed, this machine knows
-        part.return_dict, part.use_cache = True, True
-        part.output_hidden_states = part.output_attentions = False
+        vars(part).update(RUN_OPTIONS)
     return config
 
 

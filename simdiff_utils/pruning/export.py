@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from simdiff_utils import SimDiffError, one_line
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.headers import StoredTensor
-from simdiff_utils.engine.load import decoder_layers, load_model, read_config
+from simdiff_utils.engine.load import RUN_OPTIONS, decoder_layers, load_model, read_config
 from simdiff_utils.engine.stored import StoredWeights
 from simdiff_utils.engine.surgery import keep, plan_cut
 from simdiff_utils.engine.weights import skeleton
@@ -53,7 +53,7 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
     model = skeleton(read_config(source))
     n_layers = len(decoder_layers(model))
     kept = keep(removed, n_layers)
-    config = plan_cut(model, removed)[0] if removed else model.config
+    config = plan_cut(model, removed)[0]
     stored = StoredWeights(source, model)
     if stored.behind:
         _forget_extra_layers(config)
@@ -61,7 +61,7 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
     check_disk(target, sum(t.n_bytes for t in tensors.values()), f"the checkpoint {target.name}")
     with write_whole(target) as partial:
         partial.mkdir()
-        config.save_pretrained(partial)
+        _write_config(source, model.config, config, partial)
         _write_shards(tensors, partial)
         cut = {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
         facts = extend_record(source, facts | cut)
@@ -86,6 +86,7 @@ def export_recovered(
     """
     facts = read_json(pruned / "pruning.json")
     model.eval().save_pretrained(target)
+    _write_config(pruned, read_config(pruned), model.config, target)
     write_companions(pruned, target, facts | {"recovery": facts.get("recovery", {}) | measured})
     again = load_model(target, str(model.dtype).removeprefix("torch."))
     expected, logits = (m(input_ids=tokens.to(m.device), use_cache=False).logits for m in (model, again))
@@ -158,6 +159,34 @@ def _tied_copies(model: PreTrainedModel, stored: StoredWeights) -> set[str]:
             if all(one == other for one, other in pieces):  # else transformers does not tie them either
                 copies.add(target)
     return copies
+
+
+def _write_config(source: Path, before: PretrainedConfig, after: PretrainedConfig, folder: Path) -> None:
+    """The source's own config.json with what has changed since, so that whatever reads the one reads the
+    other: transformers 4 for one, which passes over keys of transformers 5 and takes its own defaults."""
+    old, new = map(_values, (before, after))
+    content = read_json(source / "config.json")
+    _transfer(content, old, new)
+    content |= {name: value for name, value in RUN_OPTIONS.items() if name in content}
+    write_json(folder / "config.json", content)
+    if _values(read_config(folder)) != new:  # its keys cannot say so
+        after.save_pretrained(folder)
+
+
+def _values(config: PretrainedConfig) -> dict:
+    """All that a config says, in JSON's types; not where it was read."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in values.items() if name != "_name_or_path"}
+
+
+def _transfer(content: dict, old: dict, new: dict) -> None:
+    """Make in a config.json the changes between two readings of it."""
+    for name, value in new.items():
+        parts = content.get(name), old.get(name), value
+        if all(isinstance(part, dict) for part in parts):
+            _transfer(*parts)
+        elif name not in old or old[name] != value:
+            content["torch_dtype" if name == "dtype" and "torch_dtype" in content else name] = value
 
 
 def _forget_extra_layers(config: PretrainedConfig) -> None:
