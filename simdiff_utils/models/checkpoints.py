@@ -5,11 +5,11 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,6 +35,7 @@ from simdiff_utils.models import shapes
 from simdiff_utils.models.names import (
     CHECKPOINT_FILES,
     CODE_FILES,
+    LEGAL_FILES,
     SECOND_COPIES,
     hub_sentences,
     read_model_name,
@@ -43,8 +44,14 @@ from simdiff_utils.models.own_code import brings_model_code, needs_own_code, tru
 from simdiff_utils.models.record import read_record, title
 
 _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
-_NOT_COPIED = {"config.json", "pruning.json", "llama_quantize.txt"}  # of the weights; written anew
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", *LEGAL_FILES)
+_NOT_COPIED = {
+    "README.md",
+    "config.json",
+    "pruning.json",
+    "llama_quantize.txt",
+}  # of the weights; written anew
+_TERMS = ("license", "license_name", "license_link", "language", "datasets")
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,15 @@ class Checkpoint:
         sha256: of config and weights (and of the code that comes with them, if any), so that results of other
             weights are never taken for these.
         hub_id: where it is on the hub; None for a local, embedded or made one.
+        card: of its model card, what a card of anything made from it has to say: license, language, datasets,
+            and, of an embedded one, base_model.
     """
 
     folder: Path
     label: str
     sha256: str
     hub_id: str | None = None
+    card: dict = field(default_factory=dict)
 
 
 def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
@@ -80,9 +90,20 @@ def resolve_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoin
     files = CHECKPOINT_FILES + CODE_FILES if trust_remote_code else CHECKPOINT_FILES
     folder, label, hub_id = _locate(model, files)
     _refuse_unsuitable(folder, model, trust_remote_code)
+    kind, name = read_model_name(model)
+    card = dict(assets.ASSETS[name].card) if kind == "embedded" else _read_card(folder)
     if method := quantisation(folder):
         folder = _dequantise(folder, method)
-    return Checkpoint(folder, label, hash_checkpoint(folder), hub_id)
+    return Checkpoint(folder, label, hash_checkpoint(folder), hub_id, card)
+
+
+def _read_card(folder: Path) -> dict:
+    """What the head of a README.md says of the terms; nothing where there is none that can be read."""
+    try:
+        head = ModelCard.load(folder / "README.md").data.to_dict()
+    except Exception:  # whatever somebody wrote there
+        return {}
+    return {name: head[name] for name in _TERMS if head.get(name)}
 
 
 def checkpoint_folder(model: str) -> Path:

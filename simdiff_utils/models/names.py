@@ -10,7 +10,8 @@ from huggingface_hub import errors
 
 from simdiff_utils import SimDiffError
 
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+LEGAL_FILES = ["LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]  # an export passes the terms on
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *LEGAL_FILES]
 CODE_FILES = ["*.py"]  # of a model that brings code of its own
 SECOND_COPIES = ["consolidated*", "original/*"]  # of the same weights, in the vendors' own formats
 

@@ -41,9 +41,10 @@ def extend_record(source: Path, facts: dict) -> dict:
         facts: of this cut: `removed` and `kept` are indices of the source, which has `n_layers`.
 
     Returns:
-        facts, and: model, hub_id (of the first model), n_layers_of_first, removed_of_first (every layer that
-        it lost by now), earlier (the cuts before, each in indices of what it was made from; with `recovery`
-        where it was healed). source is the first model's, too, as long as no weight was changed.
+        facts, and: model, hub_id, card (of the first model), keeps_pattern (by every cut), n_layers_of_first,
+        removed_of_first (every layer that it lost by now), earlier (the cuts before, each in indices of what
+        it was made from; with `recovery` where it was healed). source is the first model's, too, as long as
+        no weight was changed.
     """
     before = read_record(source)
     if before is None:
@@ -54,6 +55,8 @@ def extend_record(source: Path, facts: dict) -> dict:
     record = {
         "model": before["model"],
         "hub_id": before["hub_id"],
+        "card": before.get("card", {}),
+        "keeps_pattern": facts["keeps_pattern"] and before.get("keeps_pattern", False),
         "n_layers_of_first": n_first,
         "removed_of_first": sorted({*range(n_first)} - {standing[layer_idx] for layer_idx in facts["kept"]}),
         "earlier": [*before["earlier"], turn],

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import transformers
+from huggingface_hub import ModelCardData
+
 from simdiff_utils.engine.load import auto_class, read_config
 from simdiff_utils.files import write_json
 from simdiff_utils.models.checkpoints import copy_companions
 from simdiff_utils.models.record import title, was_healed
+from simdiff_utils.pruning.other_tools import OTHER_IN_LLAMA_CPP
 
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [depth-pruning, simdiff]{base_model}
+{head}
 ---
 # {title}
 
@@ -30,6 +32,9 @@ model, tokenizer = {loader}.from_pretrained("."), AutoTokenizer.from_pretrained(
 ```
 
 `pruning.json` holds indices, scores, settings, hashes and versions.{same_cut}
+
+Made with the SimDiff workbook, after [SimDiff](https://arxiv.org/abs/2604.19520), and opened again with
+transformers {version}. Which other tools were tried, and with which versions: the workbook's README.
 """
 
 
@@ -54,18 +59,29 @@ def _write_card(facts: dict, loader: str) -> str:
     """The model card, in Markdown.
 
     Args:
-        facts: model, source (hub id or folder name), hub_id (or None), criterion, alpha (or None),
-            calibration (words), measured {words: value}, text, machine; recovery {words: value} for one whose
-            weights were changed.
+        facts: model, source (hub id or folder), hub_id (or None), card (of the source), criterion, alpha
+            (or None), calibration (words), measured {words: value}, text, machine; recovery {words: value}
+            for one whose weights were changed.
         loader: transformers' class that opens the folder.
     """
     measured = facts["measured"] | facts.get("recovery", {})
     recovered = "recovery" in facts
     weights = "as an earlier recovery left them" if was_healed(facts) else "unchanged"
-    cut_elsewhere = " `mergekit.yaml` and `llama_quantize.txt` make this cut elsewhere."
+    cut_elsewhere = " `mergekit.yaml` makes this cut elsewhere, for the families that it names"
+    if facts["keeps_pattern"]:
+        cut_elsewhere += ", and so does `llama_quantize.txt`."
+    else:
+        cut_elsewhere += f". {OTHER_IN_LLAMA_CPP}"
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation" if "Causal" in loader else "image-text-to-text",
+        tags=["depth-pruning", "simdiff"],
+        **({"base_model": facts["hub_id"]} if facts["hub_id"] else {}) | facts.get("card", {}),
+    )
     as_they_are = ("model", "criterion", "calibration", "text", "machine")
     return _CARD.format(
-        base_model=f"\nbase_model: {facts['hub_id']}" if facts["hub_id"] else "",
+        head=head.to_yaml(),
+        version=transformers.__version__,
         title=title(facts),
         n_layers=facts["n_layers_of_first"],
         weights=weights + (" before the recovery" if recovered else ""),

@@ -16,22 +16,14 @@ from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.headers import StoredTensor
 from simdiff_utils.engine.load import RUN_OPTIONS, decoder_layers, load_model, read_config
 from simdiff_utils.engine.stored import StoredWeights
-from simdiff_utils.engine.surgery import keep, plan_cut
+from simdiff_utils.engine.surgery import keep, plan_cut, repeats_pattern
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
-from simdiff_utils.models.record import extend_record, was_healed
+from simdiff_utils.models.record import extend_record
 from simdiff_utils.pruning.card import write_companions
+from simdiff_utils.pruning.other_tools import write_other_tools
 
 _SHARD_BYTES = 5 * 10**9
-_MERGEKIT = """# The same cut of {model} ({n_layers} layers) by mergekit: mergekit-yaml mergekit.yaml OUTPUT
-slices:
-{slices}
-merge_method: passthrough
-dtype: {dtype}
-"""
-_LLAMA_QUANTIZE = """# The same cut by llama.cpp, from {model} ({n_layers} layers) in GGUF:
-llama-quantize --prune-layers {layers} DENSE.gguf PRUNED.gguf COPY
-"""
 
 
 def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: dict) -> None:
@@ -64,9 +56,10 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
         _write_config(source, model.config, config, partial)
         _write_shards(tensors, partial)
         cut = {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
+        cut["keeps_pattern"] = repeats_pattern(model.config, kept)
         facts = extend_record(source, facts | cut)
         write_companions(source, partial, facts)
-        _write_other_tools(partial, facts, str(config.dtype or "float32").removeprefix("torch."))
+        write_other_tools(partial, facts, str(config.dtype or "float32").removeprefix("torch."))
 
 
 @torch.inference_mode()
@@ -91,18 +84,6 @@ def export_recovered(
     again = load_model(target, str(model.dtype).removeprefix("torch."))
     expected, logits = (m(input_ids=tokens.to(m.device), use_cache=False).logits for m in (model, again))
     _compare(expected, logits, f"{type(model).__name__} is written otherwise than it is run")
-
-
-def _write_other_tools(folder: Path, facts: dict, dtype: str) -> None:
-    """The same cut for mergekit and llama.cpp: of the first model, or of the last one that was healed."""
-    which = "{}" if was_healed(facts) else "{}_of_first"
-    n_layers, removed = (facts[which.format(name)] for name in ("n_layers", "removed"))
-    of = {"model": facts["source"], "n_layers": n_layers}
-    slices = "\n".join(_slices(keep(frozenset(removed), n_layers), facts["source"]))
-    mergekit = _MERGEKIT.format(dtype=dtype, slices=slices, **of)
-    (folder / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
-    quantize = _LLAMA_QUANTIZE.format(layers=",".join(map(str, removed)), **of)
-    (folder / "llama_quantize.txt").write_text(quantize, encoding="utf-8")
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -131,8 +112,11 @@ def verify_export(dense: Decoder, removed: frozenset[int], exported: Decoder, to
         if exported.streamed:
             logits = next(exported.logits(states) for _, _, states in exported.run(tokens, 1))
         else:
-            logits = exported.model(input_ids=tokens.to(exported.model.device), use_cache=True).logits
-    except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            tokens = tokens.to(exported.model.device)
+            logits = exported.model(input_ids=tokens, use_cache=True).logits
+            short = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=2, do_sample=False)
+            exported.model.generate(tokens, pad_token_id=0, **short)  # with the cache
+    except (ValueError, RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
         raise SimDiffError(
             f"{type(dense.model).__name__} does not run without layers {sorted(removed)}: {one_line(error)}"
         ) from error
@@ -247,13 +231,3 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytes]:
                 raise SimDiffError(f"{tensor.file.name} ended while it was copied; fetch it again.")
             yield piece
             left -= len(piece)
-
-
-def _slices(kept: list[int], model: str) -> list[str]:
-    """One mergekit source for each run of neighbouring layers; its end is exclusive."""
-    starts = [i for i in kept if i - 1 not in kept]
-    ends = [i + 1 for i in kept if i + 1 not in kept]
-    return [
-        f"  - sources:\n      - model: {json.dumps(model)}\n        layer_range: [{start}, {end}]"
-        for start, end in zip(starts, ends, strict=True)
-    ]

@@ -109,8 +109,9 @@ def _facts(run: Run) -> dict:
     n_tokens = s.n_test * (s.seq_len - 1)
     return {
         "model": run.checkpoint.label,
-        "source": run.checkpoint.hub_id or run.checkpoint.folder.name,
+        "source": run.checkpoint.hub_id or str(run.checkpoint.folder.resolve()),
         "hub_id": run.checkpoint.hub_id,
+        "card": run.checkpoint.card,
         "criterion": s.criterion,
         "alpha": alpha,
         "scores": scores,

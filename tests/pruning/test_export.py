@@ -355,7 +355,7 @@ def test_a_checkpoint_that_is_pruned_again_keeps_the_history(dense, tmp_path):
     assert facts["removed_of_first"] == [0, 1, 2, 4] and "recovery" not in facts
     assert [turn.get("recovery") for turn in facts["earlier"]] == [None, {"recovery": "LoRA, 2 steps"}]
     said = (third / "llama_quantize.txt").read_text()
-    assert "from healed (3 layers)" in said and "--prune-layers 0 " in said
+    assert 'from "healed" (3 layers)' in said and "--prune-layers 0 " in said
     assert "their weights as an earlier recovery left them" in " ".join(
         (third / "README.md").read_text().split()
     )
