@@ -6,7 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help workbook test test-slow lab notebooks lock clean
+.PHONY: help workbook test test-slow test-interop lab notebooks lock clean
 
 PYTHON ?= python3
 
@@ -64,7 +64,7 @@ test: .venv/.installed  ## run all tests: lint, units, every notebook under nbva
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m simdiff_utils assets
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/notebooks/test_notebooks.py -m "not long" -n 2 \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/notebooks/test_notebooks.py -m "not long and not interop" -n 2 \
 	  --dist loadfile --durations 10
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
@@ -78,6 +78,10 @@ test-slow: .venv/.installed  ## faults, a short soak, Slurm and a browser, on th
 	@ipython=$$(mktemp -d); trap 'rm -rf "$$ipython"' EXIT; \
 	IPYTHONDIR="$$ipython" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m long -n 2 \
 	  --dist worksteal --durations 10
+
+# Each tool has an environment of its own, kept in the user's cache (SIMDIFF_INTEROP moves it).
+test-interop: .venv/.installed  ## transformers 4, mergekit and llama.cpp on our exports (the first time half an hour)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/interop -m "long or interop" --durations 10
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks
