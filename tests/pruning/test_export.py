@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,7 @@ from simdiff_utils.engine import stored as stored_weights
 from simdiff_utils.engine import surgery
 from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers, load_model
-from simdiff_utils.files import read_json
+from simdiff_utils.files import read_json, write_whole
 from simdiff_utils.models.checkpoints import checkpoint_folder, resolve_checkpoint
 from simdiff_utils.pruning import export
 from simdiff_utils.pruning.export import export_pruned, export_recovered, refuse_existing, verify_export
@@ -313,6 +314,62 @@ def test_the_companions_say_what_was_cut(dense, tmp_path):
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/tiny"
     assert (tmp_path / "pruned" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "pruned" / "generation_config.json").exists()
+
+
+def test_terms_are_passed_on_and_the_hub_reads_the_card(dense, tmp_path):
+    source, folder = tmp_path / "dense", tmp_path / "pruned"
+    shutil.copytree(dense / "llama", source)
+    head = "license: other\nlicense_name: mine\nlanguage: [en, de]\ndatasets: [org/text]\nlibrary_name: else"
+    (source / "README.md").write_text(f"---\n{head}\n---\nWords.")
+    (source / "LICENSE").write_text("All of it.")
+    checkpoint = resolve_checkpoint(str(source))
+    export_pruned(source, frozenset({1}), folder, FACTS | {"card": checkpoint.card})
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.license_name, data.language) == ("other", "mine", ["en", "de"])
+    assert (data.datasets, data.base_model, data.library_name) == (["org/text"], "org/tiny", "transformers")
+    assert (folder / "LICENSE").read_text() == "All of it."
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    assert resolve_checkpoint(str(source)).card == {}
+
+
+def test_everybody_may_read_what_is_written(dense, tmp_path):
+    export_pruned(dense / "llama", frozenset({1}), tmp_path / "pruned", FACTS)
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), torch.tensor([[5, 6, 7]])
+    with write_whole(tmp_path / "healed") as partial:
+        export_recovered(model, tmp_path / "pruned", partial, {"recovery": "none"}, tokens)
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    files = [file for name in ("pruned", "healed") for file in (tmp_path / name).iterdir()]
+    assert {file.stat().st_mode for file in files} == {usual}
+
+
+@pytest.mark.parametrize(
+    ("removed", "kept"), [({0, 1, 2}, True), ({3, 4, 5}, True), ({4}, False), ({2, 5}, False)]
+)
+def test_llama_cpp_is_given_a_line_only_where_the_pattern_of_layers_repeats(removed, kept, dense, tmp_path):
+    """Of two sliding layers and one of full attention, which llama.cpp finds by their places."""
+    export_pruned(dense / "gemma3", frozenset(removed), tmp_path / "pruned", FACTS)
+    said = (tmp_path / "pruned" / "llama_quantize.txt").read_text()
+    card = " ".join((tmp_path / "pruned" / "README.md").read_text().split())
+    assert ("--prune-layers" in said) == kept and ("would run another model" in said) == (not kept)
+    assert ("llama.cpp would run another model" in card) == (not kept)
+    assert read_json(tmp_path / "pruned" / "pruning.json")["keeps_pattern"] == kept
+
+
+def test_a_config_keeps_the_keys_of_its_source(dense, tmp_path):
+    """As transformers 4 wrote it, whose keys transformers 5 reads and renames."""
+    shutil.copytree(dense / "llama", tmp_path / "four")
+    config = read_json(tmp_path / "four" / "config.json")
+    del config["rope_parameters"], config["dtype"]
+    config |= {"rope_theta": 5e5, "torch_dtype": "float32", "transformers_version": "4.40.0", "mine": [1, 2]}
+    (tmp_path / "four" / "config.json").write_text(json.dumps(config))
+    export_pruned(tmp_path / "four", frozenset({1}), tmp_path / "pruned", FACTS)
+    assert read_json(tmp_path / "pruned" / "config.json") == config | {"num_hidden_layers": 5}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").bfloat16()
+    tokens = torch.tensor([[5, 6, 7]])
+    export_recovered(model, tmp_path / "pruned", tmp_path / "healed", {"recovery": "none"}, tokens)
+    healed = read_json(tmp_path / "healed" / "config.json")
+    assert healed == config | {"num_hidden_layers": 5, "torch_dtype": "bfloat16"}
 
 
 def test_a_recovered_model_carries_the_history(dense, make_tiny, tmp_path):
