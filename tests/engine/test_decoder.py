@@ -311,11 +311,6 @@ def test_layers_under_accelerates_hooks(name, make_tiny, blocks, tmp_path):
         ),
         ("rwkv", dict(attention_hidden_size=32), "hand on more than hidden states"),
         ("xlm-roberta-xl", {}, "in its layer 0 tokens depend on later ones, as in an encoder"),
-        (
-            "kimi_linear",
-            dict(pad_token_id=0, head_dim=8),
-            "its layer 4 does not run",
-        ),  # heads that do not fit each other
     ],
 )
 def test_entangled_layers_are_refused_naming_family_and_cause(family, changes, words, tmp_path):
@@ -353,6 +348,12 @@ def test_what_layers_return_beside_their_states_is_nobodys(llama, blocks, read, 
         return
     states = next(Decoder(llama).run(blocks, 5))[2]
     torch.testing.assert_close(llama.lm_head(llama.model.norm(states)), expected)
+
+
+def test_a_layer_that_does_not_run_is_named(llama):
+    llama.model.layers[4].self_attn.o_proj.weight.data = torch.ones(32, 7)
+    with pytest.raises(SimDiffError, match="its layer 4 does not run"):
+        Decoder(llama)
 
 
 def test_shared_weights_are_refused(make_tiny):
