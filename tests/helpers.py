@@ -27,6 +27,17 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+# without special tokens, for families that want few words
+TINY = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
 GROUPED = SIZES | dict(num_key_value_heads=2)
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 EXPERTS = GROUPED | dict(

@@ -16,18 +16,7 @@ from simdiff_utils import SimDiffError
 from simdiff_utils.engine import budget as memory
 from simdiff_utils.engine.decoder import Decoder, open_decoder, stream_decoder
 from simdiff_utils.engine.load import decoder_layers
-from tests.helpers import FAMILIES, N_LAYERS, SETS, build_by_hand, logits_of
-
-TINY = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
+from tests.helpers import FAMILIES, N_LAYERS, SETS, TINY, build_by_hand, logits_of
 
 
 def run(decoder, blocks, sets=(frozenset(),), batch_size=2, **more):

@@ -14,7 +14,7 @@ from simdiff_utils.engine import surgery
 from simdiff_utils.engine.decoder import stream_decoder
 from simdiff_utils.engine.load import decoder_layers
 from simdiff_utils.engine.surgery import layers_merged, layers_removed, plan_cut
-from tests.helpers import MIXED, N_LAYERS, SETS, build_by_hand, logits_of, merge_by_hand
+from tests.helpers import MIXED, N_LAYERS, SETS, TINY, build_by_hand, logits_of, merge_by_hand
 
 sets = pytest.mark.parametrize("removed", SETS, ids=lambda s: "-".join(map(str, sorted(s))))
 TOLERANCE = 1e-5
@@ -132,17 +132,6 @@ def test_sets_that_cannot_be_removed_are_refused(llama, removed):
 
 
 # ---- refused by structure, not by name -----------------------------------------------------------
-
-TINY = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from simdiff_utils.pruning.export import export_pruned, export_recovered
-from tests.helpers import logits_of
+from tests.helpers import TINY, logits_of
 from tests.pruning.test_export import FACTS
 
 pytestmark = pytest.mark.long
 REQUIREMENTS = ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=4096,
-    pad_token_id=0,
-)
+SIZES = TINY | dict(max_position_embeddings=4096, pad_token_id=0)
 FAMILIES = {  # keys of version 4, with values that are not the defaults
     "llama": dict(
         rope_theta=5e5,

@@ -62,12 +62,8 @@ print(json.dumps(found))
 """
 
 
-HEALED = (
-    "llama-tied",
-    "falcon",
-    "mixtral",
-    "gpt-oss",
-)  # matrices renamed, merged and tied when they are loaded
+# their matrices are tied, renamed or merged when they are loaded
+HEALED = ("llama-tied", "falcon", "mixtral", "gpt-oss")
 
 
 def heal(model) -> None:
