@@ -132,6 +132,7 @@ class SearchSettings(Group):
     confidence: Annotated[float, Inside] = 0.99
     eps: Annotated[float, Inside] = 0.01
     max_iterations: Count = 50
+    keep_pattern: bool = False
 
 
 class ChoiceSettings(Group):

@@ -12,6 +12,8 @@ from math import comb
 import numpy as np
 import pandas as pd
 
+PATH = ["n_remove", "low", "high", "removed", "degenerate", "n_tied"]  # columns of an alpha path
+
 
 def trace_path(i_sim: np.ndarray, i_diff: np.ndarray) -> pd.DataFrame:
     """Every set that some alpha in [0, 1] chooses, for every number of layers, in exact arithmetic.
@@ -33,7 +35,7 @@ def trace_path(i_sim: np.ndarray, i_diff: np.ndarray) -> pd.DataFrame:
         interval's ends), removed (a sorted list), degenerate (bool), n_tied (how many sets a different
         tie-break could choose in its place on the whole interval, itself included: 1 = no tie).
     """
-    lines = _exact_lines(i_sim, i_diff)
+    lines = exact_lines(i_sim, i_diff)
     layers = range(len(lines))
     crossings = {Fraction(t - s, d - e) for (s, d), (t, e) in combinations(lines, 2) if d != e}
     zero, one = Fraction(0), Fraction(1)
@@ -58,7 +60,7 @@ def trace_path(i_sim: np.ndarray, i_diff: np.ndarray) -> pd.DataFrame:
                 rows.append((n, alpha, alpha, sorted(tied), True, _count_tied(here, n, heights)))
         below = above
     rows += [(n, since[n], one, sorted(below[:n]), False, _count_tied(below, n, lines)) for n in layers[1:]]
-    table = pd.DataFrame(sorted(rows), columns=["n_remove", "low", "high", "removed", "degenerate", "n_tied"])
+    table = pd.DataFrame(sorted(rows), columns=PATH)
     return table.astype({"low": float, "high": float})
 
 
@@ -68,7 +70,7 @@ def _count_tied(order: list[int], n: int, level: list) -> int:
     return comb(sum(tied), sum(tied[:n]))
 
 
-def _exact_lines(i_sim: np.ndarray, i_diff: np.ndarray) -> list[tuple[int, int]]:
+def exact_lines(i_sim: np.ndarray, i_diff: np.ndarray) -> list[tuple[int, int]]:
     """(start, slope) of every line as whole numbers: floats are whole over powers of 2, so one scale does."""
     ends = [[Fraction(float(value)) for value in values] for values in (i_sim, i_diff)]
     scale = max(value.denominator for values in ends for value in values)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.capture.statistics import LayerStatistics
-from simdiff_utils.criterion.alpha import trace_path
+from simdiff_utils.criterion.cuts import Cuts
 from simdiff_utils.criterion.equations import normalise
 from simdiff_utils.criterion.race import Edit, Evaluator
 from simdiff_utils.engine.decoder import Decoder
@@ -57,6 +57,7 @@ class Evidence:
         search: with alpha "auto": "path" for every set that some alpha chooses, "ternary" for Algorithm 1.
         eps, max_iterations: of the ternary search.
         confidence, exact: of a search's races, see `Evaluator.race`.
+        kinds: of the layers, where only sets that keep their pattern may be removed; (): any set may.
     """
 
     statistics: LayerStatistics
@@ -70,6 +71,7 @@ class Evidence:
     max_iterations: int = 50
     confidence: float = 0.99
     exact: bool = False
+    kinds: tuple[int, ...] = ()
     _paths: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     @property
@@ -77,8 +79,13 @@ class Evidence:
         """Decoder layers of the model."""
         return self.statistics.by_position.shape[1]
 
+    @property
+    def cuts(self) -> Cuts:
+        """The sets that may be removed."""
+        return Cuts(self.kinds or (0,) * self.n_layers)
+
     def alpha_path(self, criterion: str) -> pd.DataFrame:
-        """Every set that some alpha chooses, for all numbers of layers, see `trace_path`; computed once."""
+        """Every set that some alpha chooses, for all n_remove, see `Cuts.trace_path`; computed once."""
         if criterion not in self._paths:
-            self._paths[criterion] = trace_path(*normalise(self.statistics.table(), criterion))
+            self._paths[criterion] = self.cuts.trace_path(*normalise(self.statistics.table(), criterion))
         return self._paths[criterion]

@@ -6,9 +6,9 @@ A criterion that has one candidate has chosen; of several, the one of lowest val
 import numpy as np
 import pandas as pd
 
-from simdiff_utils import SimDiffError, registry
+from simdiff_utils import SimDiffError, registry, require
 from simdiff_utils.criterion.candidates import Candidate, Evidence
-from simdiff_utils.criterion.equations import choose_removed, count_saturated, fuse, normalise
+from simdiff_utils.criterion.equations import count_saturated, fuse, normalise
 from simdiff_utils.criterion.search import search_ternary
 from simdiff_utils.engine.perplexity import perplexity
 
@@ -20,8 +20,19 @@ def propose(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate
 
     Raises:
         SimDiffError: no such criterion; it protects too many layers, or gives scores that are not finite; it
-            looks at what the evidence lacks.
+            looks at what the evidence lacks; it gives a set that may not be removed (`evidence.cuts`).
     """
+    found = _sets(criterion, evidence, n_remove)
+    barred = [sorted(c.removed) for c in found if not evidence.cuts.allows(c.removed)]
+    require(
+        not barred,
+        f"{criterion} removes layers {barred[:1]}, and the others break the model's pattern: choose another "
+        "criterion, or set keep_pattern to false.",
+    )
+    return found
+
+
+def _sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate]:
     row = registry.find(criterion)
     if row.gives == "line":
         return _line_sets(criterion, evidence, n_remove)
@@ -35,7 +46,13 @@ def propose(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate
         )
     scores = score_layers(criterion, evidence)
     scores[protected] = np.inf
-    return [Candidate(choose_removed(scores, n_remove), criterion)]
+    removed = evidence.cuts.lowest(scores, n_remove)
+    require(
+        np.isfinite(scores[list(removed)]).all(),
+        f"{criterion} protects layers {protected}, and no {n_remove} of the others keep the model's pattern: "
+        "remove another number, or choose another criterion.",
+    )
+    return [Candidate(removed, criterion)]
 
 
 def score_layers(criterion: str, evidence: Evidence) -> np.ndarray:
@@ -111,7 +128,7 @@ def _line_sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candid
         alphas, sets = probed["alpha"], probed["removed"]
     else:
         scores = fuse(*normalise(evidence.statistics.table(), criterion), float(evidence.alpha))
-        alphas, sets = [float(evidence.alpha)], [choose_removed(scores, n_remove)]
+        alphas, sets = [float(evidence.alpha)], [evidence.cuts.lowest(scores, n_remove)]
     return [Candidate(frozenset(s), criterion, alpha, alpha) for alpha, s in zip(alphas, sets, strict=True)]
 
 
@@ -132,35 +149,41 @@ def search_probes(criterion: str, evidence: Evidence, n_remove: int) -> pd.DataF
         lambda removed: perplexity(evaluator.losses([removed])),
         evidence.eps,
         evidence.max_iterations,
+        choose=evidence.cuts.lowest,
     )
 
 
 # ---- criteria that give sets
 
 
+def _block(first: int, n_remove: int) -> frozenset[int]:
+    return frozenset(range(int(first), int(first) + n_remove))
+
+
 def angular_sets(evidence: Evidence, n_remove: int, n_blocks: int = 1) -> list[Candidate]:
     """Contiguous blocks over which the last token's state turns least, best first (arXiv:2403.17887)."""
     distances = evidence.statistics.angular_distance
     turned = distances.diagonal(n_remove)  # [n_layers - n_remove + 1], by first layer
-    best = turned.argsort(kind="stable")[:n_blocks].tolist()
-    return [Candidate(frozenset(range(first, first + n_remove)), "angular") for first in best]
+    blocks = [_block(first, n_remove) for first in turned.argsort(kind="stable")]
+    allowed = [block for block in blocks if evidence.cuts.allows(block)]
+    return [Candidate(block, "angular") for block in allowed[:n_blocks]]
 
 
 def tail_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
     """The last layers."""
-    return [Candidate(frozenset(range(evidence.n_layers - n_remove, evidence.n_layers)), "tail")]
+    return [Candidate(_block(evidence.n_layers - n_remove, n_remove), "tail")]
 
 
 def random_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
     """Layers drawn by the seed; a smaller set lies in a larger one."""
-    drawn = np.random.default_rng(evidence.seed).permutation(evidence.n_layers)
-    return [Candidate(frozenset(drawn[:n_remove].tolist()), "random")]
+    place = np.random.default_rng(evidence.seed).permutation(evidence.n_layers).argsort()
+    return [Candidate(evidence.cuts.lowest(place, n_remove), "random")]
 
 
 def window_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
     """Every contiguous block: the losses decide."""
-    starts = range(evidence.n_layers - n_remove + 1)
-    return [Candidate(frozenset(range(first, first + n_remove)), "window") for first in starts]
+    blocks = [_block(first, n_remove) for first in range(evidence.n_layers - n_remove + 1)]
+    return [Candidate(block, "window") for block in blocks if evidence.cuts.allows(block)]
 
 
 def portfolio_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:

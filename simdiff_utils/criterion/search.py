@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from simdiff_utils import SimDiffError, registry
+from simdiff_utils import SimDiffError, registry, require
 from simdiff_utils.criterion.candidates import Candidate, Evidence
+from simdiff_utils.criterion.cuts import Cuts
 from simdiff_utils.criterion.equations import choose_removed, fuse
 from simdiff_utils.criterion.race import Evaluator
 
@@ -21,12 +22,19 @@ def one_shot_scores(evaluator: Evaluator) -> np.ndarray:
     return leave_one_out(evaluator).mean(1)
 
 
-def greedy(evaluator: Evaluator, n_remove: int, protected: frozenset[int] = frozenset(), **race) -> list[int]:
+def greedy(
+    evaluator: Evaluator,
+    n_remove: int,
+    protected: frozenset[int] = frozenset(),
+    cuts: Cuts | None = None,
+    **race,
+) -> list[int]:
     """Remove, one after another, the layer whose loss over the blocks is smallest without it (SLEB's search).
 
     Args:
         n_remove: layers to remove.
         protected: never removed (SLEB: the first and the last).
+        cuts: the sets of n_remove layers that may be removed; None: all.
         race: as in `Evaluator.race`, for each step; `exact=True` evaluates every candidate in full.
 
     Returns:
@@ -41,6 +49,13 @@ def greedy(evaluator: Evaluator, n_remove: int, protected: frozenset[int] = froz
     for step in range(n_remove):
         left = [i for i in range(evaluator.n_layers) if i not in {*chosen, *protected}]
         tried = [frozenset({*chosen, layer_idx}) for layer_idx in left]
+        if cuts:
+            tried = [removed for removed in tried if cuts.completes(removed, n_remove, protected)]
+        require(
+            tried,
+            f"no {n_remove} layers keep the pattern and hold none of {sorted(protected)}: "
+            "remove another number, or choose a criterion that protects none.",
+        )
         chosen += evaluator.race({step: tried}, **race).winners[step] - {*chosen}
     return chosen
 
@@ -49,7 +64,9 @@ def sleb_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
     """SLEB (arXiv:2402.09025): the set that greedy removal reaches."""
     protected = registry.find("sleb").protected(evidence.n_layers)
     race = {"confidence": evidence.confidence, "exact": evidence.exact}
-    return [Candidate(frozenset(greedy(evidence.evaluator(), n_remove, protected, **race)), "sleb")]
+    return [
+        Candidate(frozenset(greedy(evidence.evaluator(), n_remove, protected, evidence.cuts, **race)), "sleb")
+    ]
 
 
 def search_ternary(
@@ -60,6 +77,7 @@ def search_ternary(
     eps: float = 0.01,
     max_iterations: int = 50,
     remember: bool = True,
+    choose: Callable[[np.ndarray, int], frozenset[int]] = choose_removed,
 ) -> pd.DataFrame:
     """Algorithm 1 of SimDiff: narrow [0, 1] by thirds towards the alpha of lower perplexity.
 
@@ -72,6 +90,7 @@ def search_ternary(
         eps: stop when the interval is no longer than this (not published).
         max_iterations: stop after as many rounds of two probes (not published).
         remember: evaluate each distinct set once; else every probe, as published.
+        choose: importance and n_remove -> the set removed (Eq. 8 and 9).
 
     Returns:
         one row per probe: alpha, perplexity, removed (a sorted list), repeated (set seen before). The
@@ -81,7 +100,7 @@ def search_ternary(
     probes: list[dict] = []
 
     def probe(alpha: float) -> float:
-        removed = choose_removed(fuse(i_sim, i_diff, alpha), n_remove)
+        removed = choose(fuse(i_sim, i_diff, alpha), n_remove)
         repeated = removed in known
         if not (repeated and remember):
             known[removed] = evaluate(removed)

@@ -13,7 +13,9 @@ from simdiff_utils.criterion.candidates import Candidate, Evidence
 from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator, verdict
+from simdiff_utils.engine.load import read_config
 from simdiff_utils.engine.perplexity import perplexity, perplexity_interval
+from simdiff_utils.engine.surgery import layer_kinds
 from simdiff_utils.files import hash_facts, hash_file, read_kept, write_kept
 from simdiff_utils.provenance import code_digest
 from simdiff_utils.run import Run, check_n_remove, hash_blocks
@@ -57,7 +59,8 @@ def evidence(run: Run) -> Evidence:
         lambda: run.blocks("train"),
         lambda: evaluator(run, "validation"),
         run.settings.seed,
-        **run.settings.of(SearchSettings, without=("n_validation",)),
+        kinds=layer_kinds(read_config(run.checkpoint.folder)) if run.settings.keep_pattern else (),
+        **run.settings.of(SearchSettings, without=("n_validation", "keep_pattern")),
     )
 
 

@@ -144,15 +144,14 @@ def plan_cut(model: PreTrainedModel, removed: frozenset[int]) -> tuple[Pretraine
     return config, renumbering
 
 
-def repeats_pattern(config: PretrainedConfig, kept: list[int]) -> bool:
-    """Whether the kept layers, in their new places, are of the kinds that the dense model has there.
-
-    Then whoever knows a family's pattern of layers by heart reads the cut model right.
-    """
-    cut, head = copy.deepcopy(config.get_text_config()), copy.deepcopy(config.get_text_config())
-    _cut(cut, kept)
-    _cut(head, list(range(len(kept))))
-    return cut.to_dict() == head.to_dict()
+def layer_kinds(config: PretrainedConfig) -> tuple[int, ...]:
+    """A whole number a layer, the same for layers of which the config says the same."""
+    text, said = config.get_text_config(), []
+    for layer_idx in range(text.num_hidden_layers):
+        alone = copy.deepcopy(text)
+        _cut(alone, [layer_idx])
+        said.append(alone.to_dict())
+    return tuple(map(said.index, said))
 
 
 def _outside(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, nn.Parameter]:

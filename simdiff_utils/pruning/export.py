@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from simdiff_utils import SimDiffError, one_line
+from simdiff_utils.criterion.cuts import Cuts
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.headers import StoredTensor
 from simdiff_utils.engine.load import RUN_OPTIONS, decoder_layers, load_model, read_config
 from simdiff_utils.engine.stored import StoredWeights
-from simdiff_utils.engine.surgery import keep, plan_cut, repeats_pattern
+from simdiff_utils.engine.surgery import keep, layer_kinds, plan_cut
 from simdiff_utils.engine.weights import skeleton
 from simdiff_utils.files import check_disk, read_json, write_json, write_whole
 from simdiff_utils.models.record import extend_record
@@ -56,7 +57,7 @@ def export_pruned(source: Path, removed: frozenset[int], target: Path, facts: di
         _write_config(source, model.config, config, partial)
         _write_shards(tensors, partial)
         cut = {"n_layers": n_layers, "removed": sorted(removed), "kept": kept}
-        cut["keeps_pattern"] = repeats_pattern(model.config, kept)
+        cut["keeps_pattern"] = Cuts(layer_kinds(model.config)).allows(removed)
         facts = extend_record(source, facts | cut)
         write_companions(source, partial, facts)
         write_other_tools(partial, facts, str(config.dtype or "float32").removeprefix("torch."))

@@ -234,10 +234,12 @@ def search_curve(monkeypatch):
     """Function: perplexity as a function of alpha -> the search on it, every alpha standing for a set of its
     own."""
     monkeypatch.setattr(search, "fuse", lambda i_sim, i_diff, a: a)
-    monkeypatch.setattr(search, "choose_removed", lambda importance, n_remove: frozenset([importance]))
 
     def on_curve(curve, **limits):
-        return search_ternary(None, None, 1, lambda removed: curve(*removed), **limits)
+        def choose(importance, n_remove):
+            return frozenset([importance])
+
+        return search_ternary(None, None, 1, lambda removed: curve(*removed), choose=choose, **limits)
 
     return on_curve
 
