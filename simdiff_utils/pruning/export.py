@@ -3,6 +3,7 @@ usable."""
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def export_recovered(
     again = load_model(target, str(model.dtype).removeprefix("torch."))
     expected, logits = (m(input_ids=tokens.to(m.device), use_cache=False).logits for m in (model, again))
     _compare(expected, logits, f"{type(model).__name__} is written otherwise than it is run")
+
+
+def restate_recovery(source: Path, target: Path, measured: dict) -> None:
+    """A healed checkpoint once more, with more in its card; both share the weights on disk where they can.
+
+    Args:
+        measured: as of `export_recovered`.
+    """
+    target.mkdir()
+    for file in (source / "config.json", *source.glob("*.safetensors*")):
+        try:
+            (target / file.name).hardlink_to(file)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, target / file.name)
+    facts = read_json(source / "pruning.json")
+    write_companions(source, target, facts | {"recovery": facts["recovery"] | measured})
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:

@@ -95,6 +95,12 @@ def export_target(run: Run) -> Path:
     return target
 
 
+def describe_test(run: Run) -> str:
+    """What a perplexity of the test split is of."""
+    s = run.settings
+    return f"{s.n_test * (s.seq_len - 1):,} test tokens in windows of {s.seq_len}, {s.dtype}"
+
+
 def _facts(run: Run) -> dict:
     """What `pruning.json` and the model card say of the set chosen; test perplexity chose nothing."""
     s, choice, table = run.settings, criterion.chosen(run), capture.statistics(run).table()
@@ -106,7 +112,6 @@ def _facts(run: Run) -> dict:
         scores = table["cosine_distance"].tolist()
     sets = [frozenset(), frozenset(choice["removed"])]
     dense, pruned = map(perplexity, criterion.evaluator(run, "test").losses(sets))
-    n_tokens = s.n_test * (s.seq_len - 1)
     return {
         "model": run.checkpoint.label,
         "source": run.checkpoint.hub_id or str(run.checkpoint.folder.resolve()),
@@ -121,8 +126,8 @@ def _facts(run: Run) -> dict:
         "text": run.corpus.label,
         "machine": describe_machine(),
         "measured": {
-            f"perplexity, dense ({n_tokens:,} test tokens)": round(dense, 2),
-            f"perplexity, pruned ({n_tokens:,} test tokens)": round(pruned, 2),
+            f"perplexity, dense ({describe_test(run)})": round(dense, 2),
+            f"perplexity, pruned ({describe_test(run)})": round(pruned, 2),
         },
         "settings": s.of(*GROUPS),
         "origin": run.origin(),

@@ -20,14 +20,22 @@ from simdiff_utils.engine.load import load_model, pick_dtype
 from simdiff_utils.engine.perplexity import block_losses, perplexity
 from simdiff_utils.files import read_json
 from simdiff_utils.models.checkpoints import hash_checkpoint
-from simdiff_utils.pruning.export import export_recovered, refuse_existing
-from simdiff_utils.pruning.stage import copy_out, export_target, pruned_checkpoint, removed_layers
+from simdiff_utils.models.record import title
+from simdiff_utils.pruning import stage as pruning
+from simdiff_utils.pruning.card import write_adapter_card
+from simdiff_utils.pruning.export import export_recovered, refuse_existing, restate_recovery
 from simdiff_utils.recovery.lora import Trained, train_lora
 from simdiff_utils.recovery.recipe import Recipe, recipe_for
 from simdiff_utils.recovery.repair import repair
 from simdiff_utils.recovery.training_rows import TrainingRows, block_rows, load_rows
 from simdiff_utils.run import Run, is_sound
-from simdiff_utils.settings import CaptureSettings, ChatSettings, RepairSettings, TrainingSettings
+from simdiff_utils.settings import (
+    CaptureSettings,
+    ChatSettings,
+    RepairSettings,
+    ReportSettings,
+    TrainingSettings,
+)
 from simdiff_utils.text.blocks import draw_blocks, token_blocks
 
 ROOM = "simdiff_utils.recovery"
@@ -43,21 +51,39 @@ def rung_name(run: Run) -> str:
 
 def removed(run: Run) -> frozenset[int]:
     """The layers that the pruned checkpoint lacks."""
-    return removed_layers(pruned_checkpoint(run))
+    return pruning.removed_layers(pruning.pruned_checkpoint(run))
 
 
 def recovered_checkpoint(run: Run) -> Path:
     """Folder of the healed checkpoint (the pruned one where nothing is asked for), copied to `export_to`."""
     if run.settings.export_to:
-        refuse_existing(export_target(run), run.settings.overwrite)
-    made, state = healed_checkpoint(run), PartialState()
-    with state.main_process_first():
-        return copy_out(run, made) if state.is_main_process else made
+        refuse_existing(pruning.export_target(run), run.settings.overwrite)
+    if run.settings.training != "none":
+        train(run)  # by all processes together
+    with PartialState().main_process_first():
+        made = healed_checkpoint(run)
+        return pruning.copy_out(run, made) if PartialState().is_main_process else made
 
 
 def healed_checkpoint(run: Run) -> Path:
     """The same in the run folder alone, whatever `settings.export_to` says."""
-    return repaired_checkpoint(run) if run.settings.training == "none" else train(run) / "model"
+    healed = (run.settings.repair, run.settings.training) != ("none", "none")
+    return _healed_folder(run) / "model" if healed else pruning.pruned_checkpoint(run)
+
+
+def _healed_folder(run: Run) -> Path:
+    """Stage healed: the weights that repair and training left, and what they give on the test split."""
+    s = run.settings
+    made = repaired_checkpoint(run) if s.training == "none" else train(run) / "model"
+
+    def make(folder: Path) -> dict:
+        model = Decoder(load_model(made, s.dtype))
+        found = block_losses(model, run.blocks("test"), batch_size=s.batch_size)
+        what = f"perplexity, {rung_name(run)} ({pruning.describe_test(run)})"
+        restate_recovery(made, folder / "model", {what: round(perplexity(found), 2)})
+        return {"losses": found.tolist(), "cost": _cost(run)}
+
+    return run.stage("healed", ROOM, (*RECOVERY, ReportSettings), make, weights=hash_checkpoint(made))
 
 
 # ---- repair --------------------------------------------------------------------------------------
@@ -66,16 +92,17 @@ def healed_checkpoint(run: Run) -> Path:
 def repaired_checkpoint(run: Run) -> Path:
     """Stage repair: folder of the pruned checkpoint, repaired without training where that is asked for."""
     if run.settings.repair == "none":
-        return pruned_checkpoint(run)
+        return pruning.pruned_checkpoint(run)
     return _repair_folder(run) / "model"
 
 
 def _repair_folder(run: Run) -> Path:
-    pruned, s = pruned_checkpoint(run), run.settings
+    pruned, s = pruning.pruned_checkpoint(run), run.settings
 
     def make(folder: Path) -> dict:
         model = load_model(pruned, "float32")
-        cuts = repair(run.decoder, model, removed_layers(pruned), run.blocks("train"), s.batch_size, s.repair)
+        given = run.blocks("train"), s.batch_size, s.repair
+        cuts = repair(run.decoder, model, pruning.removed_layers(pruned), *given)
         cuts.to_csv(folder / "cuts.csv", index=False)
         healed = f"{cuts['layer_idx'].notna().sum()} of {len(cuts)} cuts"
         facts = {"repair": f"{s.repair}, without training, at {healed}"}
@@ -152,6 +179,9 @@ def _train(run: Run, start: Path, rows: TrainingRows, work: Path) -> Trained:
         same = run.model.dtype == dtype
         teacher = run.decoder if same else Decoder(load_model(run.checkpoint.folder, s.train_dtype))
     model = load_model(start, "float32")
+    # what an adapter's config names as its base: no path of this machine, nor the dense model's hub id, on
+    # whose layers the adapter would be put without a word
+    model.name_or_path = title(read_json(start / "pruning.json"))
     return train_lora(model, run.tokenizer, rows, recipe(run), work, dtype, s.seed, teacher)
 
 
@@ -168,6 +198,7 @@ def _write(run: Run, trained: Trained, rows: TrainingRows, start: Path, work: Pa
         "loss on held-out rows, before and after": f"{before:.3f}, {after:.3f} nats per token",
     }
     _export(run, trained.model, start, folder, facts)
+    write_adapter_card(folder / "adapter", folder / "model")
     return {
         "n_trained": trained.n_trained,
         "n_parameters": trained.model.num_parameters(),
@@ -206,21 +237,16 @@ def compare_rungs(run: Run, rungs: list[tuple[str, str]]) -> pd.DataFrame:
     for pair in dict.fromkeys(rungs):
         if pair != ("none", "none"):
             other = run.replace(repair=pair[0], training=pair[1])
-            value = perplexity(recovered_losses(other))
-            rows.append({"rung": rung_name(other), "perplexity": value} | costs(other))
+            facts = read_json(_healed_folder(other) / "result.json")
+            value = perplexity(np.array(facts["losses"]))
+            rows.append({"rung": rung_name(other), "perplexity": value} | facts["cost"])
     table = pd.DataFrame(rows, columns=["rung", "perplexity", "seconds", "n_tokens", "n_trained"]).fillna(0)
     lost = np.log(table["perplexity"]) - log(dense)
     table = table.astype({"n_tokens": int, "n_trained": int})
     return table.assign(share=1 - lost / (log(pruned) - log(dense)))
 
 
-def recovered_losses(run: Run) -> np.ndarray:
-    """Losses of the healed checkpoint, as it was written, on the blocks of the test split, float64 [n]."""
-    model = load_model(healed_checkpoint(run), run.settings.dtype)
-    return block_losses(Decoder(model), run.blocks("test"), batch_size=run.settings.batch_size)
-
-
-def costs(run: Run) -> dict:
+def _cost(run: Run) -> dict:
     """What the recovery took: seconds, n_tokens, n_trained."""
     total = {"seconds": 0.0, "n_tokens": 0, "n_trained": 0}
     if run.settings.repair != "none":

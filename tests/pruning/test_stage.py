@@ -31,3 +31,25 @@ def test_a_peers_set_is_exported_without_scores_of_layers(make_run, criterion):
     facts = json.loads((pruned_checkpoint(run) / "pruning.json").read_text())
     assert facts["removed"] == row["removed"] and facts["criterion"] == criterion
     assert facts["scores"] == [] and facts["alpha"] is None
+
+
+def test_a_cut_that_is_asked_to_keep_the_pattern_is_one_that_llama_cpp_can_make(
+    make_run, make_tiny, tokenizer, tmp_path
+):
+    """Two layers with sliding attention, one with full, and again."""
+    make_tiny("gemma3").save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    said = {}
+    for keep_pattern in (False, True):
+        for k in (1, 2, 3):
+            run = make_run(
+                model=str(tmp_path / "gemma"), keep_pattern=keep_pattern, n_remove=k, criterion="portfolio"
+            )
+            folder = pruned_checkpoint(run)
+            facts = json.loads((folder / "pruning.json").read_text())
+            line = "--prune-layers" in (folder / "llama_quantize.txt").read_text()
+            assert line == facts["keeps_pattern"]
+            kept = [i % 3 == 2 for i in range(6) if i not in facts["removed"]]
+            assert facts["keeps_pattern"] == (kept == [i % 3 == 2 for i in range(6 - k)])
+            said[keep_pattern, k] = facts["keeps_pattern"]
+    assert [said[True, k] for k in (1, 2, 3)] == [True] * 3
