@@ -84,7 +84,7 @@ test-interop: .venv/.installed  ## transformers 4, mergekit and llama.cpp on our
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/interop -m "long or interop" --durations 10
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
-	.venv/bin/jupyter lab notebooks
+	.venv/bin/jupyter lab notebooks/start.ipynb
 
 # TQDM_DISABLE: a finished bar tells a reader nothing. Cell timings and widget state stay out of the files as well.
 notebooks: .venv/.installed  ## run every notebook in place at its defaults: regenerates the committed outputs and figures/

@@ -37,7 +37,7 @@ def plan_states_room(folder: Path, dtype: torch.dtype, memory_gib: float, n_toke
     """
     on_gpu = torch.cuda.is_available()
     used = 0 if on_gpu else psutil.Process().memory_info().rss
-    budget = memory_gib * _GIB or used + _free_memory(on_gpu)
+    budget = memory_gib * _GIB or used + free_memory()
     model = skeleton(read_config(folder), dtype)
     stored = StoredWeights(folder, model)
     work = _workspace(model.config.get_text_config(), n_tokens)
@@ -60,8 +60,9 @@ def plan_states_room(folder: Path, dtype: torch.dtype, memory_gib: float, n_toke
     return psutil.virtual_memory().available / 2 if on_gpu else budget - streamed
 
 
-def _free_memory(on_gpu: bool) -> int:
-    if on_gpu:
+def free_memory() -> int:
+    """Bytes that are free now: of the GPUs where there are any, else of the machine or of its container."""
+    if torch.cuda.is_available():
         return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     for limit, current in _LIMITS:

@@ -22,7 +22,7 @@ from simdiff_utils.parameters import MORE, readable
 from simdiff_utils.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 CHECKED = "nbval-check-output"
 TINY = ["n_samples: 4", "seq_len: 16"]
 

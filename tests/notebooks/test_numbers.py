@@ -13,7 +13,8 @@ from simdiff_utils.criterion.alpha import trace_path
 from simdiff_utils.criterion.equations import choose_removed, cosine_scores, fuse, normalise
 from simdiff_utils.registry import of_kind
 
-FIGURES = Path(__file__).parents[2] / "figures"
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "figures"
 
 
 def read(name: str) -> pd.DataFrame:
@@ -54,3 +55,19 @@ def test_the_stored_verdicts_follow_from_the_stored_rows():
     found = compare_with_shortgpt(rows).set_index(["model", "n_remove", "criterion"])["verdict"]
     models = stored.index.get_level_values("model").unique()
     assert found[found.index.get_level_values("model").isin(models)].to_dict() == stored.to_dict()
+
+
+def test_the_readme_and_the_start_page_name_every_lesson_with_its_minutes():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lessons = pd.read_csv(ROOT / "benchmarks" / "results" / "lessons.csv", comment="#")
+    assert lessons["lesson"].tolist() == [
+        path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    ]
+    for row in lessons.itertuples():
+        (line,) = [line for line in readme.splitlines() if f"(notebooks/{row.lesson}.ipynb) |" in line]
+        assert f"[{row.lesson[:2]} · {row.title}]" in line and row.question in line
+        assert (
+            f" {row.seconds} s" in line
+            and f" {row.peak_gib} GiB |" in line
+            and f" {row.reader_minutes} min" in line
+        )
