@@ -108,8 +108,8 @@ CRITERIA: dict[str, Criterion] = {
         "Taylor+", _SHORTENED, f"{_ROOM}.peers:taylor_scores", sees=("model", "calibration", "gradients"),
         passes=lambda n_layers, n_remove: 3, protects=(4, 2), marker="+", ls=":"),
     "one-shot": Criterion(
-        "one-shot perplexity", _SHORTENED, f"{_ROOM}.search:one_shot_scores", sees=("losses",),
-        passes=lambda n_layers, n_remove: n_layers, marker="1", ls=_LONG),
+        "one-shot perplexity (PPL+)", _SHORTENED, f"{_ROOM}.search:one_shot_scores", sees=("losses",),
+        passes=lambda n_layers, n_remove: n_layers, protects=(4, 2), marker="1", ls=_LONG),
     "sleb": Criterion(
         "SLEB (greedy)", "SLEB, arXiv:2402.09025", f"{_ROOM}.search:sleb_sets", gives="sets",
         sees=("losses",),
@@ -121,7 +121,7 @@ CRITERIA: dict[str, Criterion] = {
         passes=_no_pass, compares=True, marker="p", ls="--"),
     "entrodrop": Criterion(
         "EntroDrop, per layer", "EntroDrop, arXiv:2504.03794", f"{_ROOM}.peers:entropy_increases",
-        sees=("model", "calibration"), marker="h", ls="-."),
+        sees=("model", "calibration"), protects=(2, 1), marker="h", ls="-."),
     "laco": Criterion(
         "LaCo", "LaCo, arXiv:2402.11187", f"{_ROOM}.laco:laco_sets", gives="sets",
         sees=("model", "calibration"), passes=_no_pass, compares=True,

@@ -147,14 +147,19 @@ def build_by_hand(model, removed):
 
 
 def merge_by_hand(model, merges):
-    """A copy whose layer l has theta_l + sum_k (theta_{l+k} - theta_l), in float64, rounded once a merge."""
+    """A copy merged as LaCo's released code does: to each matrix of a layer that stays it adds, one folded
+    layer after another, that layer's matrix less what is there by then."""
     merged = copy.deepcopy(model)
     layers = decoder_layers(merged)
     with torch.no_grad():
         for stays, folded in merges:
             for name, theta in layers[stays].named_parameters():
-                others = [layers[i].get_parameter(name).double() for i in folded]
-                theta.copy_(theta.double() + sum(other - theta.double() for other in others))
+                if theta.dim() == 1 or name.endswith("bias"):
+                    continue
+                merged_into = theta.double()
+                for i in folded:
+                    merged_into = merged_into + (layers[i].get_parameter(name).double() - merged_into)
+                theta.copy_(merged_into)
     return merged
 
 

@@ -1,4 +1,5 @@
-"""LaCo (arXiv:2402.11187): fold layers into the one below, from the top down, while the states stay alike."""
+"""LaCo (arXiv:2402.11187) as released: fold layers into the one below, from the top down, while the states
+after the last stay alike."""
 
 import hashlib
 import json
@@ -63,8 +64,9 @@ def merge_layers(
 ) -> tuple[tuple[Merge, ...], int]:
     """LaCo's merges at the highest of `LACO_THRESHOLDS` at which its walk takes out n_remove layers.
 
-    The paper sets the threshold by hand. Below all of them every merge is accepted and the interval ends at
-    layer 0: n_remove layers always go.
+    The authors set the threshold by hand and take what comes out; here K is given and the threshold looked
+    for. Below all of them every merge is accepted and the interval ends at layer 0: n_remove layers always
+    go.
 
     Args:
         blocks: token ids [n_samples, seq_len].
@@ -78,7 +80,7 @@ def merge_layers(
     """
     if decoder.streamed:
         raise SimDiffError("laco changes weights and needs the model in memory: raise memory_gib.")
-    dense = _last_states(decoder, blocks, ())
+    dense = _last_states(decoder, blocks, ())  # [n_samples, seq_len * d]
     similarities: dict[tuple[Merge, ...], float] = {}
 
     def similarity(merges: tuple[Merge, ...]) -> float:
@@ -108,11 +110,12 @@ def _walk(
     similarity: Callable[[tuple[Merge, ...]], float],
     threshold: float,
 ) -> tuple[tuple[Merge, ...], int]:
-    """LaCo's walk by its paper's rule, from the top down.
+    """LaCo's walk as released, from the top down.
 
-    Layer l becomes theta_l + sum over k = 1..C of (theta_{l+k} - theta_l) and l+1 .. l+C go, if the states
-    after the last layer (before the final norm) keep a mean cosine above T with the dense ones; then the walk
-    goes down by the interval, else by one.
+    Layers l+1 .. l+C are folded into l (see `layers_merged`) and go, if the states after the final norm (all
+    of a sample's as one vector) keep a mean cosine above T with the dense ones; then the walk goes down by
+    the interval, else by one. At first the topmost layer is left out; further down fewer than C layers may
+    stand above l, and as many are folded as there are.
 
     Args:
         span: C.
@@ -123,7 +126,7 @@ def _walk(
         the merges accepted, in their order, and how many layers are still to go.
     """
     kept, merges, left = list(range(n_layers)), (), n_remove
-    place = n_layers - 1 - min(span, left)  # of l among the layers kept
+    place = max(0, n_layers - 2 - min(span, left))  # of l among the layers kept
     while place >= 0 and left:
         size = min(span, left, len(kept) - 1 - place)
         tried = (*merges, (kept[place], tuple(kept[place + 1 : place + 1 + size])))
@@ -131,14 +134,14 @@ def _walk(
         if accepted:
             merges, left = tried, left - size
             del kept[place + 1 : place + 1 + size]
-        place = min(place - (interval if accepted else 1), len(kept) - 1 - min(span, left))
+        place -= interval if accepted else 1
         place = max(place, 0) if threshold == _BELOW_ALL else place
     return merges, left
 
 
 def _last_states(decoder: Decoder, blocks: Tensor, merges: tuple[Merge, ...]) -> Tensor:
-    """States after the last layer, [tokens, d], of the model with some layers merged."""
+    """States after the final norm, [n_samples, seq_len * d], of the model with some layers merged."""
     edit = Merges(merges)
     with edit.applied(decoder.model):
         run = decoder.run(blocks, 1, (edit.removed,))
-        return torch.cat([states.float().flatten(0, 1) for _, _, states in run])
+        return torch.cat([decoder.normed(states).float().flatten(1) for _, _, states in run])

@@ -19,15 +19,16 @@ from simdiff_utils.engine.load import decoder_layers
 
 N_TAYLOR = 10  # samples of Shortened-LLM's calibration
 N_NEIGHBOURS = 25  # EntroDrop's k
-N_ENTROPY_TOKENS = 2048  # distances between all pairs are taken: 16 MB in float32
+N_ENTROPY_TOKENS = 2048  # of a sample; distances between all pairs are taken: 32 MB in float64
 
 
 def magnitude_scores(decoder: Decoder) -> np.ndarray:
-    """Sum of a layer's absolute weights (Shortened-LLM's Mag, arXiv:2402.02834), float64 [n_layers]."""
+    """Sum of a layer's absolute weights, norms included, biases not (Shortened-LLM's Mag, arXiv:2402.02834,
+    as released), float64 [n_layers]."""
     scores = np.zeros(decoder.n_layers)
     for layer_idx in range(decoder.n_layers):
         with decoder.layer(layer_idx) as layer:
-            sums = [w.detach().abs().sum(dtype=torch.float64) for w in _matrices(layer)]
+            sums = [w.detach().abs().sum(dtype=torch.float64) for w in _weights(layer)]
             scores[layer_idx] = sum(total.item() for total in sums)
     return scores
 
@@ -35,8 +36,8 @@ def magnitude_scores(decoder: Decoder) -> np.ndarray:
 def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
     """First-order estimate of what zeroing a layer's weights does to the loss (Shortened-LLM's Taylor).
 
-    Sum over the entries w of the layer's matrices of |w * dLoss/dw|, the gradient summed over the samples
-    first.
+    Sum over the entries w of the layer's weights (norms included, biases not, as released) of |w *
+    dLoss/dw|, the gradient summed over the samples first.
 
     Args:
         decoder: in memory: the gradients of all layers are held at once.
@@ -49,7 +50,7 @@ def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
     if decoder.streamed:
         raise SimDiffError("taylor takes gradients and needs the model in memory: raise memory_gib.")
     model, layers = decoder.model, decoder_layers(decoder.model)
-    wanted = {id(w) for layer in layers for w in _matrices(layer)}
+    wanted = {id(w) for layer in layers for w in _weights(layer)}
     found = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         for parameter in found:
@@ -60,7 +61,7 @@ def taylor_scores(decoder: Decoder, blocks: Tensor) -> np.ndarray:
             with torch.enable_grad():
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
                 cross_entropy(logits.float(), tokens[0, 1:].to(logits.device)).backward()
-        return np.array([sum(map(_first_order, _matrices(layer))) for layer in layers], dtype=np.float64)
+        return np.array([sum(map(_first_order, _weights(layer))) for layer in layers], dtype=np.float64)
     finally:
         for parameter, (asked, before) in found.items():
             parameter.grad = before
@@ -76,31 +77,35 @@ def entropy_increases(decoder: Decoder, blocks: Tensor, n_neighbours: int = N_NE
     """Entropy of a layer's output tokens less that of its input tokens (EntroDrop, arXiv:2504.03794).
 
     By nearest neighbours, H = d * mean log r_k + constants, r_k a token's distance to its k-th neighbour
-    among all tokens: so it depends on the states' scale, and tokens that coincide (equal words before layer
-    0) have no entropy.
+    among those of its sample: so it depends on the states' scale, and tokens that coincide (equal words
+    before layer 0) have no entropy. As released, a sample at a time, then the mean over the samples; the
+    paper drops attention only, we drop whole layers by it.
 
     Args:
-        blocks: token ids [n_samples, seq_len]; as many are taken as make 2,048 tokens.
+        blocks: token ids [n_samples, seq_len]; of longer samples the first 2,048 tokens are taken.
         n_neighbours: k.
 
     Returns:
         float64 [n_layers], in nats.
     """
-    blocks = blocks[: max(1, N_ENTROPY_TOKENS // blocks.shape[1]), :N_ENTROPY_TOKENS]
-    if blocks.numel() <= n_neighbours:
+    blocks = blocks[:, :N_ENTROPY_TOKENS]
+    if blocks.shape[1] <= n_neighbours:
         raise SimDiffError(
-            f"entrodrop looks at the {n_neighbours}-th neighbour of each token and there are "
-            f"{blocks.numel()} tokens: raise n_samples or seq_len."
+            f"entrodrop looks at the {n_neighbours}-th neighbour of each token and samples have "
+            f"{blocks.shape[1]} tokens: raise seq_len."
         )
-    entropies = np.zeros(decoder.n_layers + 1)
+    sums = np.zeros(
+        decoder.n_layers + 1
+    )  # over the samples, of what enters layer 0 and what each layer leaves
 
     def observe(layer_idx: int, before: Tensor, after: Tensor) -> None:
         if layer_idx == 0:
-            entropies[0] = _log_distance(before.flatten(0, 1), n_neighbours)
-        entropies[layer_idx + 1] = _log_distance(after.flatten(0, 1), n_neighbours)
+            sums[0] += sum(_log_distance(sample, n_neighbours) for sample in before)
+        sums[layer_idx + 1] += sum(_log_distance(sample, n_neighbours) for sample in after)
 
-    for _, _, states in decoder.run(blocks, len(blocks), observe=observe, desc="entropy"):
-        return states.shape[-1] * np.diff(entropies)
+    for _, _, states in decoder.run(blocks, 1, observe=observe, desc="entropy"):
+        width = states.shape[-1]
+    return width * np.diff(sums) / len(blocks)
 
 
 def _log_distance(states: Tensor, n_neighbours: int) -> float:
@@ -114,10 +119,6 @@ def _log_distance(states: Tensor, n_neighbours: int) -> float:
     return nearest.where(~equal, torch.finfo(torch.float32).tiny).log().mean().item()
 
 
-def _matrices(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of linear maps: all of two or more dimensions (experts have three), no norm, no bias."""
-    return (
-        parameter
-        for name, parameter in layer.named_parameters()
-        if parameter.dim() >= 2 and not name.endswith("bias") and "norm" not in name
-    )
+def _weights(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters of a layer but its biases."""
+    return (parameter for name, parameter in layer.named_parameters() if not name.endswith("bias"))

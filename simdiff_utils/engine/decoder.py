@@ -78,6 +78,10 @@ class Decoder:
         """
         return self._stubs.logits(hidden)
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The same states after the final norm, [batch, seq, d]."""
+        return self._stubs.normed(hidden)
+
     @torch.inference_mode()
     def run(
         self,

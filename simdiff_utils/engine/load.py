@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from simdiff_utils import SimDiffError, require
 from simdiff_utils.engine.headers import refuse_pointer
@@ -190,6 +191,8 @@ def layers_path(model: PreTrainedModel) -> tuple[nn.Module, str]:
 @contextmanager
 def layers_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[None]:
     """Let other modules stand where the decoder layers are, for as long as a `with` block lasts."""
+    # the hooks by which transformers collects hidden states are put on once, on what stands there then
+    maybe_install_capturing_hooks(decoder_stack(model))
     parent, name = layers_path(model)
     layers = getattr(parent, name)
     setattr(parent, name, others)

@@ -61,6 +61,14 @@ class LayerStubs:
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model makes of states [batch, seq, d] that its last layer leaves: [batch, seq,
         vocabulary]."""
+        return self._behind(self._model, hidden).logits
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The same states as the final norm leaves them."""
+        return self._behind(decoder_stack(self._model), hidden)[0]
+
+    def _behind(self, part: nn.Module, hidden: Tensor) -> object:
+        """What the model, or its stack of layers, returns where the last layer leaves these states."""
         last_idx = self._n_layers - 1
 
         def answer(layer_idx: int, given: Tensor, _call: Call) -> Tensor:
@@ -69,7 +77,7 @@ class LayerStubs:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self._device)  # any, as no layer looks
         mode = torch.inference_mode() if hidden.is_inference() else nullcontext()  # else the caller's
         with mode, self._answering(answer):
-            return self._model(input_ids=ids, use_cache=False).logits
+            return part(input_ids=ids, use_cache=False)
 
     @contextmanager
     def _answering(self, answer: Answer) -> Iterator[None]:

@@ -55,11 +55,13 @@ def layers_removed(model: PreTrainedModel, removed: frozenset[int]) -> Iterator[
 @contextmanager
 def layers_merged(model: PreTrainedModel, merges: tuple[Merge, ...]) -> Iterator[None]:
     """The weights of some layers merged, one merge after another, for as long as a `with` block lasts (LaCo's
-    rule).
+    rule, as released).
 
-    Layer l gets theta_l + sum over the folded layers of (theta_{l+k} - theta_l), norms and biases too; a
-    folded layer that took part in an earlier merge comes with its weights of then. No layer is taken out
-    here.
+    The matrices of layer l become those of the last layer folded into it: the released code takes each
+    difference from what the one before it made, so that all but the last cancel, and it leaves norms and
+    biases as they are. (The printed formula, theta_l + sum over the folded layers of (theta_{l+k} - theta_l),
+    makes weights that grow with their number.) A folded layer that took part in an earlier merge comes with
+    its weights of then. No layer is taken out here.
 
     Args:
         model: the dense model in memory, changed in place and restored to the last bit.
@@ -83,10 +85,9 @@ def layers_merged(model: PreTrainedModel, merges: tuple[Merge, ...]) -> Iterator
                     "and cannot be merged; use a criterion that only removes layers."
                 )
             for name, parameter in mine.items():
-                before = parameter.detach().clone()
-                restore.callback(parameter.data.copy_, before)
-                theta = before.float()
-                parameter.copy_(theta + sum(other[name].to(theta) - theta for other in others))
+                if parameter.dim() > 1 and not name.endswith("bias"):
+                    restore.callback(parameter.data.copy_, parameter.detach().clone())
+                    parameter.copy_(others[-1][name])
         yield
 
 

@@ -29,7 +29,7 @@ from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 GRID = [1, 2]
-NAMES = [name for name in CRITERIA if name not in ("magnitude", "taylor")]  # those protect all 6 layers
+NAMES = [name for name in CRITERIA if name not in ("magnitude", "taylor", "one-shot")]  # they protect all 6
 WINDOW, N_WINDOWS = 12, 5
 
 
@@ -39,7 +39,7 @@ def settings(tiny_model, tiny_text, data_folder):
         model=str(tiny_model),
         text=str(tiny_text),
         n_samples=4,
-        seq_len=16,
+        seq_len=32,
         n_validation=4,
         criteria=NAMES,
         n_remove_grid=GRID,
@@ -111,7 +111,7 @@ def test_rows_are_one_number_each_with_its_set_seed_cost_and_provenance(run, row
     counts = rows[rows["metric"] == "passes"].groupby("criterion")["seed"].nunique()
     assert {name: counts[name] for name in NAMES} == {name: CRITERIA[name].n_seeds for name in NAMES}
     passes = rows[rows["metric"] == "passes"].set_index(["criterion", "n_remove", "seed"])["value"]
-    assert passes["cosine", 2, 0] == 1 and passes["one-shot", 2, 0] == 6 and passes["tail", 1, 0] == 0
+    assert passes["cosine", 2, 0] == 1 and passes["entrodrop", 2, 0] == 1 and passes["tail", 1, 0] == 0
     assert passes["sleb", 2, 0] == 4 + 3 and passes["window", 2, 0] == 5
     assert rows["provenance"].dropna().str.contains(f"weights {run.checkpoint.sha256[:8]}").all()
     assert set(rows["model"]) == {"tiny"}

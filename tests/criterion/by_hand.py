@@ -23,7 +23,7 @@ N_LAYERS = 9  # Shortened-LLM's criteria protect six
 NUMBERS = range(1, N_LAYERS)
 NAMES = ["llama", "gpt2", "gemma3", "falcon", "mixtral"]
 LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-MATRICES = {  # what Mag and Taylor sum over, by hand
+MATRICES = {  # what Mag and Taylor sum over, by hand, beside the norms' weights
     "llama": [*LLAMA, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "gemma3": [*LLAMA, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
     "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
@@ -95,12 +95,15 @@ class Oracle:
             )
         return self._losses[key]
 
-    def matrices(self, name):
-        """The weights of the linear maps of each layer, by their names."""
-        return [
-            [p for n, p in layer.named_parameters() if re.sub(r"\.weight$", "", n) in MATRICES[name]]
-            for layer in self.layers
-        ]
+    def weights(self, name):
+        """The weights of the linear maps and norms of each layer, and attention sinks, by their names."""
+        return [[p for n, p in layer.named_parameters() if is_weight(n, name)] for layer in self.layers]
+
+
+def is_weight(parameter, family):
+    """Whether a parameter of a layer counts for Mag and Taylor."""
+    linear = re.sub(r"\.weight$", "", parameter) in MATRICES[family]
+    return linear or bool(re.search(r"(norm|ln_\d)\.weight$|layernorm\.weight$|\.sinks$", parameter))
 
 
 def block_loss(logits, tokens):
@@ -134,7 +137,7 @@ def lowest(scores, n, without=()):
     )
 
 
-def text(seed, n_blocks, seq_len=20):
+def text(seed, n_blocks, seq_len=30):
     return torch.randint(0, VOCAB_SIZE, (n_blocks, seq_len), generator=torch.Generator().manual_seed(seed))
 
 

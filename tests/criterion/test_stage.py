@@ -171,7 +171,7 @@ def merged_by_hand(run, row):
 
 
 def test_every_peers_choice_is_its_best_set_and_lacos_is_measured_merged(make_run, deep_model):
-    run = make_run(model=deep_model, n_samples=6, exact=False)
+    run = make_run(model=deep_model, n_samples=6, seq_len=32, exact=False)
     assert set(stage.choices(run, [2], ["laco"])["criterion"]) == {"laco"}  # alone, too
     table = stage.choices(run, [2], list(CRITERIA)).set_index("criterion")
     assert tuple(table.index) == tuple(CRITERIA)
@@ -208,7 +208,7 @@ def test_every_peers_choice_is_its_best_set_and_lacos_is_measured_merged(make_ru
         best = min(measured, key=measured.get)
         assert frozenset(row.removed) == best
         assert row.validation_perplexity == pytest.approx(measured[best], rel=1e-4)
-    again = make_run(model=deep_model, n_samples=6, exact=False)
+    again = make_run(model=deep_model, n_samples=6, seq_len=32, exact=False)
     assert stage.choices(again, [2], list(CRITERIA)).set_index("criterion").equals(table)
     assert not [name for name in again.shared if name[0] in ("losses", "decoder")], "read, not computed"
 
@@ -260,10 +260,12 @@ def test_streamed_from_disk_every_choice_is_the_same_or_one_sentence(
     make_run, deep_model, tmp_path, monkeypatch
 ):
     expected = stage.choices(
-        make_run(model=deep_model), [2], [name for name in CRITERIA if name not in ("taylor", "laco")]
+        make_run(model=deep_model, seq_len=32),
+        [2],
+        [name for name in CRITERIA if name not in ("taylor", "laco")],
     )
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "streamed"))
-    run = make_run(model=deep_model)
+    run = make_run(model=deep_model, seq_len=32)
     run.once(("decoder", "float32"), lambda: stream_decoder(run.checkpoint.folder, "float32"))
     assert stage.choices(run, [2], list(expected["criterion"])).equals(expected)
     assert stage.evaluator(run, "validation").cost.layer_tokens > 0

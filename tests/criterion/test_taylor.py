@@ -11,9 +11,9 @@ from tests.criterion.by_hand import N_LAYERS, Oracle, block_loss, lowest, text
 
 
 def gradients_by_hand(oracle, name, blocks):
-    """For each layer the weights of its matrices and, sample by sample, the gradients of the sample's mean
+    """For each layer its weights and, sample by sample, the gradients of the sample's mean
     loss."""
-    weights = oracle.matrices(name)
+    weights = oracle.weights(name)
     flat = [w for layer in weights for w in layer]
     by_sample = [
         torch.autograd.grad(

@@ -248,11 +248,11 @@ def test_the_comparison_measures_a_model_of_ones_own(tiny_model, tiny_text, data
         "window_len: 12",
         "n_windows: 4",
         "n_remove_grid: [1, 2]",
-        "criteria: [cosine, masd, random, one-shot, sleb, window, entrodrop, laco, portfolio]",
+        "criteria: [cosine, masd, random, sleb, window, entrodrop, laco, portfolio]",
         "task_criteria: [cosine, sleb]",
         "task_grid: [2]",
         "task_limit: 4",
-        "more: {n_stories: 0, seq_len: 16}",
+        "more: {n_stories: 0, seq_len: 32}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (tmp_path / "runs").glob("*/06_comparison-*")
