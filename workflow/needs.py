@@ -145,7 +145,7 @@ def _size_of_gguf(path: Path) -> ModelSize:
     layers = {found[1] for name in counts if (found := re.match(r"blk\.(\d+)\.", name))}
     outside = sum(count for name, count in counts.items() if not name.startswith("blk."))
     total = sum(counts.values())
-    return ModelSize(total, len(layers) or 1, outside, 4 * total, True)  # unpacked as float32
+    return ModelSize(total, len(layers) or 1, outside, 4 * total, True)  # unpacked, as float32 at most
 
 
 # ---- a run's needs

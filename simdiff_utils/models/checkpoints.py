@@ -8,21 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from huggingface_hub import ModelCard, snapshot_download
 from tqdm.auto import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simdiff_utils import SimDiffError, assets, require
-from simdiff_utils.engine.headers import refuse_pointer
-from simdiff_utils.engine.load import auto_class, load_folder, load_whole
+from simdiff_utils import SimDiffError, assets
+from simdiff_utils.engine.load import auto_class, load_folder
 from simdiff_utils.engine.whole import (
     DEQUANTISED,
     check_folder,
@@ -32,6 +24,7 @@ from simdiff_utils.engine.whole import (
 )
 from simdiff_utils.files import hash_file, read_json, write_json, write_whole
 from simdiff_utils.models import shapes
+from simdiff_utils.models.gguf_files import convert_gguf
 from simdiff_utils.models.names import (
     CHECKPOINT_FILES,
     CODE_FILES,
@@ -118,13 +111,13 @@ def _locate(model: str, files: list[str]) -> tuple[Path, str, str | None]:
             return shapes.shape_folder(name), f"{name} shape (random weights)", None
         case "embedded", name:
             target = assets.locate_model(name)[0]
-            folder = target if target.exists() else _convert_gguf(assets.fetch(name), target)
+            folder = target if target.exists() else convert_gguf(assets.fetch(name), target)
             return folder, assets.ASSETS[name].label, None
         case "folder", name:
             return Path(name), _label_folder(Path(name)), None
         case "gguf", name:
             target = assets.cache_dir() / "checkpoints" / f"gguf-{_hash_files([Path(name)])[:16]}"
-            folder = target if target.exists() else _convert_gguf(Path(name), target)
+            folder = target if target.exists() else convert_gguf(Path(name), target)
             return folder, Path(name).resolve().name, None
     with hub_sentences(model):
         folder = snapshot_download(model, allow_patterns=files, ignore_patterns=SECOND_COPIES)
@@ -137,21 +130,6 @@ def _label_folder(folder: Path) -> str:
     if record is None:
         return folder.resolve().name
     return title(record) + (", recovered" if "recovery" in record else "")
-
-
-def _convert_gguf(gguf: Path, target: Path) -> Path:
-    """Dequantise a GGUF file into a float32 checkpoint folder that appears whole or not at all."""
-    refuse_pointer(gguf)
-    if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", gguf.name):
-        require(
-            part[2] == "00001",
-            f"{gguf.name} is one of {int(part[2])} parts: join them with `llama-gguf-split --merge` and name "
-            "the file that it writes.",
-        )
-    model = load_whole(gguf.parent, f"the GGUF file {gguf.name}", dtype=torch.float32, gguf_file=gguf.name)
-    with told_in_a_sentence(f"transformers cannot read the tokenizer in {gguf.name}"):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return _write_plain(model, target, tokenizer.save_pretrained)
 
 
 def _dequantise(folder: Path, method: str) -> Path:

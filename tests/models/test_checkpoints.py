@@ -26,7 +26,8 @@ from transformers import (
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.engine.load import load_model, load_tokenizer, pick_device
-from simdiff_utils.models import checkpoints
+from simdiff_utils.files import read_json
+from simdiff_utils.models import checkpoints, gguf_files
 from simdiff_utils.models.checkpoints import resolve_checkpoint
 
 
@@ -273,7 +274,7 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path):
 # ---- turned into plain weights, once ---------------------------------------------------------------
 
 
-def write_gguf(path: Path, said: int = 6, lost: str = "") -> Path:
+def write_gguf(path: Path, said: int = 6, lost: str = "", more: dict[str, tuple] | None = None) -> Path:
     """A llama of 6 blocks with random weights and a tokenizer of pieces."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
@@ -298,7 +299,7 @@ def write_gguf(path: Path, said: int = 6, lost: str = "") -> Path:
     layer |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
     shapes |= {f"blk.{i}.{name}": shape for i in range(6) for name, shape in layer.items()}
     rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
+    for name, shape in (shapes | (more or {})).items():
         if name != lost:
             writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
@@ -384,3 +385,31 @@ def test_a_config_that_names_no_architecture_is_taken_by_its_family(folder):
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
     assert resolve_checkpoint(str(folder)).folder == folder
+
+
+def test_a_large_gguf_file_is_kept_in_bfloat16_in_shards_and_equals_what_transformers_loads(
+    cache, tmp_path, monkeypatch
+):
+    file = write_gguf(tmp_path / "model.gguf")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    for limit, dtype, n_files in ((2**30, torch.float32, 1), (4, torch.bfloat16, 1), (4, torch.bfloat16, 6)):
+        monkeypatch.setattr(gguf_files, "_FLOAT32_BYTES", limit)
+        monkeypatch.setattr(gguf_files, "_SHARD_BYTES", 2**30 if n_files == 1 else 20_000)
+        folder = gguf_files.convert_gguf(file, tmp_path / f"{dtype}-{n_files}")
+        assert len(list(folder.glob("*.safetensors"))) == n_files
+        if n_files > 1:
+            index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+            assert set(index) == {name for name, _ in whole.named_parameters()}
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.dtype == dtype and model.config.architectures == ["LlamaForCausalLM"]
+        for (name, found), (_, expected) in zip(
+            model.named_parameters(), whole.named_parameters(), strict=True
+        ):
+            assert torch.equal(found, expected.to(dtype)), name
+        assert model.generation_config.eos_token_id == whole.generation_config.eos_token_id == 2
+
+
+def test_a_tensor_that_transformers_would_pass_over_is_refused(cache, tmp_path):
+    """Llama 3's scaled rotary frequencies lie in such a one."""
+    file = write_gguf(tmp_path / "scaled.gguf", more={"rope_freqs": (4,)})
+    assert "holds rope_freqs.weight, which transformers does not read" in refusal(file)
