@@ -55,14 +55,15 @@ def read_ledger(run: Run, path: Path) -> None:
             write_kept(target, entry["data"])
 
 
-def write_ledger(run: Run, path: Path) -> None:
-    """Put all that was measured of the run's model into the ledger, and what today's code chose.
+def write_ledger(runs: list[Run], path: Path) -> None:
+    """Put all that was measured of the runs' one model into the ledger, and what today's code chose.
 
     Lines of other models stay.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines, run = path.read_text().splitlines() if path.exists() else [], runs[0]
     lines = [line for line in lines if not json.loads(line)["file"].startswith(f"{run.folder.name}/")]
-    files = [file for folder in choice_folders(run) for file in folder.glob("*.json")]
+    folders = set().union(*map(choice_folders, runs))
+    files = [file for folder in folders for file in folder.glob("*.json")]
     files += [file for stage in MEASURED for file in (run.folder / FOLDER).glob(f"{stage}/**/*.json")]
     files.sort()
     kept = {file.relative_to(provenance.runs_root()).as_posix(): read_kept(file) for file in files}
@@ -128,7 +129,7 @@ def main() -> None:
         command += f" --tasks {' '.join(map(str, task_grid))} --stories {given.stories}"
     rows = measure(run)
     write_rows(rows, given.figures / ROWS, command)
-    write_ledger(run, given.figures / LEDGER)
+    write_ledger([run], given.figures / LEDGER)
     print(rows[rows["metric"].isin(["wikitext2_perplexity", "AVG"])].to_string(), flush=True)
 
 

@@ -189,7 +189,7 @@ def test_what_was_measured_is_read_by_later_code_and_choices_are_made_again(
 @pytest.fixture
 def elsewhere(run, rows, chosen, settings, monkeypatch, tmp_path):
     """A run on a machine that has nothing but the ledger."""
-    write_ledger(run, tmp_path / "ledger.jsonl")
+    write_ledger([run], tmp_path / "ledger.jsonl")
     monkeypatch.setenv("SIMDIFF_RUNS", str(tmp_path / "elsewhere"))
     return Run(settings)
 
@@ -199,7 +199,7 @@ def test_another_machine_goes_on_from_the_ledger(elsewhere, rows, monkeypatch, t
     monkeypatch.setattr("simdiff_utils.criterion.race.block_losses", refuse)
     monkeypatch.setattr("simdiff_utils.comparison.tasks.evaluate._compute", refuse)
     pd.testing.assert_frame_equal(measure(elsewhere), rows)
-    write_ledger(elsewhere, tmp_path / "again.jsonl")
+    write_ledger([elsewhere], tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "ledger.jsonl").read_text()
 
 
