@@ -1,12 +1,10 @@
 """Pictures of notebook 01; every function returns the Figure."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
 from simdiff_utils.style import layer_axis, look
@@ -34,25 +32,6 @@ def plot_layer_statistics(captured: LayerStatistics, title: str) -> Figure:
     axes[2].legend(loc="upper left", fontsize=9)
     seq_len = captured.by_position.shape[2]
     figure.suptitle(f"{title} · mean over {captured.n_samples} samples of {seq_len} tokens")
-    return figure
-
-
-def plot_capture_memory(measured: pd.DataFrame, seq_len: int) -> Figure:
-    """Peak memory of a capture over the number of samples, both ways; dotted: extrapolated by the states
-    kept."""
-    figure, axis = plt.subplots(figsize=(8, 3.6))
-    looks = (("#0072B2", "s"), ("#D55E00", "o"))
-    for (way, rows), (colour, marker) in zip(measured.groupby("way"), looks, strict=True):
-        last = rows.iloc[-1]
-        per_sample = last["states_gib"] / last["n_samples"]
-        reach = np.linspace(last["n_samples"], 32 * last["n_samples"], 50)
-        axis.plot(reach, last["peak_gib"] + per_sample * (reach - last["n_samples"]), ls=":", color=colour)
-        axis.plot(rows["n_samples"], rows["peak_gib"], marker=marker, color=colour, label=f"{way}, measured")
-    axis.plot([], [], ls=":", color=_GREY, label="extrapolated: only the kept states grow")
-    axis.set(xscale="log", xlabel=f"calibration samples of {seq_len} tokens")
-    axis.set(ylabel="peak resident memory, GiB", ylim=0)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
-    axis.legend(loc="lower right")
     return figure
 
 

@@ -10,15 +10,12 @@ from pathlib import Path
 from simdiff_utils import SimDiffError
 
 
-def run_fresh(
-    function: str, what: str, environment: dict[str, str] | None = None, **arguments: object
-) -> object:
+def run_fresh(function: str, what: str, **arguments: object) -> object:
     """What a function of this package returns when a fresh process calls it.
 
     Args:
         function: "module:name"; arguments and answer are what JSON can say.
         what: for the sentence, such as "the capture".
-        environment: variables to set for the process.
 
     Raises:
         SimDiffError: the process failed; its last line is in the sentence.
@@ -26,9 +23,7 @@ def run_fresh(
     package_parent = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "simdiff_utils.engine.fresh", function, json.dumps(arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | (environment or {})
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise SimDiffError(f"{what} failed: {last}")

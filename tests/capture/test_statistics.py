@@ -10,7 +10,6 @@ import torch
 
 from simdiff_utils import SimDiffError
 from simdiff_utils.capture import statistics as capture
-from simdiff_utils.capture.peak import measure_capture_memory
 from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
 from simdiff_utils.criterion.equations import normalise
 from simdiff_utils.engine import load as models
@@ -269,16 +268,6 @@ def test_streamed_capture_is_equal_to_the_last_bit(make_tiny, blocks, tmp_path):
         for room in (float("inf"), 0):
             streamed = capture.capture_statistics(stream_decoder(tmp_path / name, "float32", room), blocks, 2)
             assert_identical(streamed, capture_statistics(model, blocks, 2))
-
-
-@pytest.mark.slow
-def test_peak_memory_is_measured_both_ways(make_tiny, tmp_path):
-    make_tiny("llama").save_pretrained(tmp_path)
-    measured = measure_capture_memory(tmp_path, "float32", [4, 2], 16)
-    assert measured["way"].tolist() == ["in memory"] * 2 + ["streamed"] * 2
-    assert measured["n_samples"].tolist() == [2, 4] * 2
-    assert measured["peak_gib"].between(0.1, 4).all()
-    assert measured["states_gib"].tolist() == [0, 0, 2 * 16 * 32 * 4 / 2**30, 4 * 16 * 32 * 4 / 2**30]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
