@@ -25,15 +25,15 @@ from simdiff_utils.engine.whole import check_whole, told_in_a_sentence
 from simdiff_utils.files import check_disk, write_json, write_whole
 
 _FLOAT32_BYTES = 2**30  # a model of more bytes in float32 is kept in bfloat16, see docs/architecture.md
-_SHARD_BYTES = 2**30
+_SHARD_BYTES = 2**29  # of a model in bfloat16; one in float32 is a single file
 
 
 def convert_gguf(gguf: Path, target: Path) -> Path:
     """Dequantise a GGUF file into a checkpoint folder that appears whole or not at all.
 
     float32 where the model then takes at most 1 GiB, else bfloat16. transformers reads the config and the
-    tokenizer, and says what becomes of each tensor; at most a shard of 1 GiB and one tensor are in memory
-    (of mixtures, also all experts).
+    tokenizer, and says what becomes of each tensor; a shard and a tensor or two are in memory at once (of
+    mixtures, also all experts).
 
     Raises:
         SimDiffError: it is no whole GGUF file that transformers can read, or the disk cannot hold it.
@@ -79,7 +79,7 @@ def _write_tensors(
     kind = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
     processor = kind(config=parsed["config"])
     names = get_gguf_hf_weights_map(model, processor)
-    shards = _Shards(folder)
+    shards = _Shards(folder, _SHARD_BYTES if dtype == torch.bfloat16 else _FLOAT32_BYTES)
     for tensor in tqdm(reader.tensors, desc=f"dequantise {gguf.name}", unit="tensor", leave=False):
         n_gathered = len(parsed["tensors"])
         made = processor.process(
@@ -98,6 +98,7 @@ def _write_tensors(
                 f"the GGUF file {gguf.name} holds {tensor.name}, which transformers does not read: name a "
                 "Hugging Face folder of the model.",
             )
+        del made  # or a large one would stand beside the next
     for name, gathered in parsed["tensors"].items():
         shards.add(name, gathered.to(dtype))
     shards.close()
@@ -107,13 +108,13 @@ def _write_tensors(
 class _Shards:
     """Safetensors files of a checkpoint, each written as soon as it is full."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: int) -> None:
         self.shapes: dict[str, torch.Size] = {}
-        self._folder, self._files, self._open = folder, [], {}
+        self._folder, self._limit, self._files, self._open = folder, limit, [], {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor, in memory until its shard is full."""
-        if sum(t.nbytes for t in self._open.values()) + tensor.nbytes > _SHARD_BYTES:
+        if sum(t.nbytes for t in self._open.values()) + tensor.nbytes > self._limit:
             self._write()
         self._open[name], self.shapes[name] = tensor.contiguous(), tensor.shape
 
