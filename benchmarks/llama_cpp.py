@@ -26,7 +26,7 @@ from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 NAME, GRID, CRITERIA = "gemma-3-270m", [2, 4, 6], ["cosine", "portfolio", "sleb"]
-N_CHUNKS, CHUNK = 16, 512
+N_CHUNKS, CHUNK = 8, 512
 
 
 def cut_and_measure(programs: Path, gguf: Path, removed: frozenset[int], text: Path, n_chunks: int) -> float:
@@ -69,6 +69,7 @@ def main(programs: Path, target: Path) -> None:
     run = Run(Settings(model=f"embedded:{NAME}", n_validation=16))
     dense, folder = run.model, run.checkpoint.folder
     cuts, tokenizer, rows = Cuts(layer_kinds(read_config(folder))), load_tokenizer(folder), []
+    measured: dict[frozenset[int], dict] = {}
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         write_test_text(text, run, N_CHUNKS)
@@ -76,9 +77,11 @@ def main(programs: Path, target: Path) -> None:
             table = choices(run.replace(keep_pattern=keep_pattern), GRID, CRITERIA)
             for row in tqdm(list(table.itertuples()), desc=f"keep_pattern={keep_pattern}", unit="cut"):
                 removed = frozenset(row.removed)
-                with layers_removed(dense, removed):
-                    in_transformers = measure(dense, tokenizer, text, N_CHUNKS)
-                in_llama_cpp = cut_and_measure(programs, assets.fetch(NAME), removed, text, N_CHUNKS)
+                if removed not in measured:
+                    with layers_removed(dense, removed):
+                        in_transformers = measure(dense, tokenizer, text, N_CHUNKS)
+                    in_llama_cpp = cut_and_measure(programs, assets.fetch(NAME), removed, text, N_CHUNKS)
+                    measured[removed] = {"transformers": in_transformers, "llama_cpp": in_llama_cpp}
                 rows.append(
                     {
                         "n_remove": row.n_remove,
@@ -87,9 +90,8 @@ def main(programs: Path, target: Path) -> None:
                         "removed": " ".join(map(str, row.removed)),
                         "pattern_kept": cuts.allows(removed),
                         "validation_perplexity": row.validation_perplexity,
-                        "transformers": in_transformers,
-                        "llama_cpp": in_llama_cpp,
                     }
+                    | measured[removed]
                 )
                 print(rows[-1], flush=True)
     text = (
