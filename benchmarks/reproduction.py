@@ -18,10 +18,13 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from benchmarks.comparison import read_ledger, write_ledger, write_rows
 from simdiff_utils import provenance
+from simdiff_utils.capture.statistics import capture_statistics
 from simdiff_utils.comparison.rows import PERPLEXITY, measure
+from simdiff_utils.engine.load import decoder_stack
 from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
@@ -41,6 +44,25 @@ def calibration_text(data: str) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(data) / "wikitext2" / "wiki.train.tokens.gz", target)
     return str(target)
+
+
+@torch.inference_mode()
+def check_one_layer(run: Run) -> None:
+    """Eq. 2 to 4 of one layer by hand, in float64, from the states that transformers itself collects."""
+    block, layer_idx = run.blocks("train")[:1], run.n_layers // 2
+    states = decoder_stack(run.model)(block, use_cache=False, output_hidden_states=True).hidden_states
+    before, after = states[layer_idx].double(), states[layer_idx + 1].double()
+    by_hand = {
+        "cosine_distance": (1 - torch.cosine_similarity(before, after, dim=-1)).mean().item(),
+        "mssd": (after - before).square().sum(-1).mean().item(),
+        "masd": (after - before).abs().mean().item(),
+    }
+    captured = capture_statistics(run.decoder, block).table()
+    for name, expected in by_hand.items():
+        found = captured[name][layer_idx]
+        print(f"layer {layer_idx}, {name}: {found:.8g}, by hand {expected:.8g}", flush=True)
+        if abs(found / expected - 1) > 1e-5:
+            raise RuntimeError(f"{name} of layer {layer_idx} differs from its formula")
 
 
 def main() -> None:
@@ -75,6 +97,7 @@ def main() -> None:
         n_stories=0,
     )
     run, tables, runs = Run(settings), [], []
+    check_one_layer(run)
     read_ledger(run, RESULTS / "reproduction.jsonl")
     published = [name for name in PUBLISHED_SEARCH if name in given.criteria]
     for search in ("path", "ternary"):
