@@ -86,6 +86,13 @@ class Evaluator:
         """Blocks in all."""
         return len(self._blocks)
 
+    def first_slice(self) -> np.ndarray:
+        """The blocks that a race begins with."""
+        return self._order(0)[: _slice_ends(self.n_blocks)[0]]
+
+    def _order(self, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(self.n_blocks)
+
     def edited(self, edit: Edit | None) -> "Evaluator":
         """The same for the model edited so, and in no other way."""
         if edit == self._edit:
@@ -152,7 +159,7 @@ class Evaluator:
                 raise SimDiffError(
                     f"there is no candidate set in group {name!r}; give at least one to each group."
                 )
-        order = np.random.default_rng(seed).permutation(self.n_blocks)
+        order = self._order(seed)
         ends = [self.n_blocks] if exact else _slice_ends(self.n_blocks)
         # Bonferroni: each rival meets the leader after each slice; after the last nothing is in doubt
         n_tests = {name: max(1, (len(sets) - 1) * (len(ends) - 1)) for name, sets in alive.items()}

@@ -47,17 +47,25 @@ def greedy(
         )
     chosen: list[int] = []
     for step in range(n_remove):
-        left = [i for i in range(evaluator.n_layers) if i not in {*chosen, *protected}]
-        tried = [frozenset({*chosen, layer_idx}) for layer_idx in left]
-        if cuts:
-            tried = [removed for removed in tried if cuts.completes(removed, n_remove, protected)]
-        require(
-            tried,
-            f"no {n_remove} layers keep the pattern and hold none of {sorted(protected)}: "
-            "remove another number, or choose a criterion that protects none.",
-        )
+        tried = next_sets(evaluator, chosen, n_remove, protected, cuts)
         chosen += evaluator.race({step: tried}, **race).winners[step] - {*chosen}
     return chosen
+
+
+def next_sets(
+    evaluator: Evaluator, chosen: list[int], n_remove: int, protected: frozenset[int], cuts: Cuts | None
+) -> list[frozenset[int]]:
+    """The sets of one more layer from which n_remove can still be reached."""
+    left = [i for i in range(evaluator.n_layers) if i not in {*chosen, *protected}]
+    tried = [frozenset({*chosen, layer_idx}) for layer_idx in left]
+    if cuts:
+        tried = [removed for removed in tried if cuts.completes(removed, n_remove, protected)]
+    require(
+        tried,
+        f"no {n_remove} layers keep the pattern and hold none of {sorted(protected)}: "
+        "remove another number, or choose a criterion that protects none.",
+    )
+    return tried
 
 
 def sleb_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
