@@ -93,7 +93,7 @@ CRITERIA: dict[str, Criterion] = {
         color="#CC79A7", marker="*"),
     "floating": Criterion(
         "floating (ours)", "this workbook", f"{_ROOM}.floating:floating_sets", gives="sets",
-        sees=("statistics", "losses"), color="#882255", marker="H"),
+        sees=("statistics", "losses"), compares=True, color="#882255", marker="H"),
     "angular": Criterion(
         "angular block", "Gromov et al., arXiv:2403.17887", f"{_ROOM}.propose:angular_sets", gives="sets",
         color="#F0E442", marker="d", ls=_DOTTED),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -72,12 +73,19 @@ class Evidence:
     confidence: float = 0.99
     exact: bool = False
     kinds: tuple[int, ...] = ()
-    _paths: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+    _paths: dict[str, pd.DataFrame] = field(default_factory=dict, init=False, repr=False)
+    _scores: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n_layers(self) -> int:
         """Decoder layers of the model."""
         return self.statistics.by_position.shape[1]
+
+    def remember(self, criterion: str, score: Callable[[], np.ndarray]) -> np.ndarray:
+        """Scores of the layers, which depend on no number of layers to remove: computed once."""
+        if criterion not in self._scores:
+            self._scores[criterion] = score()
+        return self._scores[criterion].copy()
 
     @property
     def cuts(self) -> Cuts:

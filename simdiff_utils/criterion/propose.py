@@ -44,7 +44,7 @@ def _sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate]:
             f"{criterion} protects layers {protected} of {evidence.n_layers} and cannot remove {n_remove}: "
             "remove fewer, or choose another criterion."
         )
-    scores = score_layers(criterion, evidence)
+    scores = evidence.remember(criterion, lambda: score_layers(criterion, evidence))
     scores[protected] = np.inf
     removed = evidence.cuts.lowest(scores, n_remove)
     require(

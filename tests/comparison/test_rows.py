@@ -235,7 +235,7 @@ def test_too_many_windows_or_no_text_is_one_sentence(settings, run, tmp_path):
 def test_the_registry_as_a_table_says_what_is_compared_and_what_it_costs():
     table = describe_criteria(32, 8).set_index("name")
     assert list(table.index) == list(CRITERIA)
-    compared = {"mssd", "masd", "log-mssd", "relative", "portfolio", "window", "laco"}
+    compared = {"mssd", "masd", "log-mssd", "relative", "portfolio", "floating", "window", "laco"}
     assert set(table.index[table["then compares sets"] == "yes"]) == compared
     assert table.loc["sleb", "passes before comparing (L=32, K=8)"] == 212
     assert table.loc["taylor", "never removes (of 32)"] == "0, 1, 2, 3, 30, 31"

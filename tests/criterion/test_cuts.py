@@ -107,7 +107,7 @@ def test_the_kinds_of_layers_are_those_of_the_config(make_tiny):
 def test_every_criterion_keeps_the_pattern_where_it_is_asked_to_or_says_so(small, criterion):
     gemma = small("gemma3")
     kinds = layer_kinds(gemma.model.config)
-    evidence = replace(gemma.evidence, kinds=kinds, _paths={})
+    evidence = replace(gemma.evidence, kinds=kinds)
     protected, n_found = CRITERIA[criterion].protected(N_LAYERS), 0
     for n_remove in (1, 2, 3, 4):
         allowed = set(all_sets(kinds, n_remove))
@@ -127,7 +127,7 @@ def test_scores_lines_and_blocks_are_the_best_of_those_that_keep_the_pattern(sma
     gemma = small("gemma3")
     kinds = layer_kinds(gemma.model.config)
     assert kinds == tuple(("sliding", "full").index(k.partition("_")[0]) * 2 for k in (MIXED * 2)[:N_LAYERS])
-    evidence = replace(gemma.evidence, kinds=kinds, _paths={})
+    evidence = replace(gemma.evidence, kinds=kinds)
     statistics, evaluator = evidence.statistics.table(), evidence.evaluator()
     for n_remove in (2, 3, 4):
         sets = list(all_sets(kinds, n_remove))

@@ -118,6 +118,7 @@ LOOKS_AT = {
     "laco": {"decoder", "calibration"},
     "one-shot": {"evaluator"},
     "sleb": {"evaluator"},
+    "floating": {"evaluator"},
 }
 
 

@@ -1,11 +1,14 @@
 """What the criteria of layer statistics propose, from made-up ones in which the right answer is known or
 counted by hand; what every criterion costs. `test_every_criterion` has those that look at more."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from simdiff_utils import SimDiffError, registry
 from simdiff_utils.capture.statistics import LayerStatistics
+from simdiff_utils.criterion import peers
 from simdiff_utils.criterion.candidates import Candidate, Evidence
 from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.propose import N_BLOCKS, count_passes, propose, summarise_paths
@@ -217,7 +220,7 @@ def test_the_published_counts_of_passes_come_out():
     assert len(windows) == 25 == count_passes("window", windows, 32, 8)
     merged = Candidate(frozenset({3, 4}), "laco", edit=Merges(((2, (3, 4)),)), n_models=17)
     assert count_passes("laco", [merged], 32, 2) == 17
-    assert set(reference) | {"window", "laco", "portfolio", *LINES} == set(CRITERIA)
+    assert set(reference) | {"window", "laco", "portfolio", "floating", *LINES} == set(CRITERIA)
 
 
 @pytest.mark.parametrize("criterion", [*LINES, "portfolio"])
@@ -262,3 +265,12 @@ def test_what_is_protected_are_layers_of_the_model(criterion, n_layers, expected
 def test_no_other_method_protects_a_layer():
     protecting = {name for name, criterion in CRITERIA.items() if criterion.protected(32)}
     assert protecting == {"magnitude", "taylor", "one-shot", "entrodrop", "sleb"}
+
+
+def test_layers_are_scored_once_for_all_numbers_of_layers(small, monkeypatch):
+    llama, asked = small("llama"), []
+    score = peers.entropy_increases
+    monkeypatch.setattr(peers, "entropy_increases", lambda *given: asked.append(1) or score(*given))
+    evidence = replace(llama.evidence)
+    sets = [propose("entrodrop", evidence, k)[0].removed for k in (1, 2, 3)]
+    assert len(asked) == 1 and sets[0] < sets[1] < sets[2]
