@@ -97,14 +97,15 @@ def plot_over_layers(rows: pd.DataFrame, criteria: Iterable[str], metric: str = 
 
 def plot_cost(rows: pd.DataFrame) -> Figure:
     """What finding the set costs against what it is worth: passes over text, and the log of perplexity over
-    dense."""
+    dense; criteria measured at every K."""
     figure, panels = _panels(rows)
     for axis, here in panels:
         wide = here.pivot_table("value", ["criterion", "n_remove"], "metric", aggfunc="median")
         dense = wide.loc[("dense", 0), PERPLEXITY]
         lost = np.log(wide[PERPLEXITY] / dense)[wide["passes"].notna()]
+        measured = lost.groupby("criterion").size()
         for name in dict.fromkeys(here["criterion"]):
-            if name in lost.index:
+            if measured.get(name, 0) == measured.max():  # a mean over fewer K would flatter
                 passes, own = wide.loc[name, "passes"].loc[lost[name].index], look(name)
                 axis.plot(passes.mean(), lost[name].mean(), **own | dict(ls="", ms=9))
                 axis.plot(passes, lost[name], ls=own["ls"], lw=0.6, color=own["color"], alpha=0.5)
@@ -115,7 +116,7 @@ def plot_cost(rows: pd.DataFrame) -> Figure:
         axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    shared_legend(axis, [axis], **_BESIDE)
+    shared_legend(axis, [each for each, _ in panels], **_BESIDE)
     return figure
 
 
@@ -151,9 +152,11 @@ def _panels(rows: pd.DataFrame, height: float = 4) -> tuple[Figure, list[tuple[A
 
 
 def _order(rows: pd.DataFrame) -> list[str]:
-    """Criteria by their mean log-perplexity over models and numbers of layers, best first."""
+    """Criteria by their mean log-perplexity over models and numbers of layers, best first; less the mean of
+    each such panel, or one that was not measured in the worst of them would seem better."""
     cells = rows[rows["n_remove"] > 0].assign(cell=lambda r: np.log(r["value"]))
     cells = cells.groupby(["model", "n_remove", "criterion"])["cell"].median().reset_index()
+    cells["cell"] -= cells.groupby(["model", "n_remove"])["cell"].transform("mean")
     return list(cells.groupby("criterion", sort=False)["cell"].mean().sort_values(kind="stable").index)
 
 
