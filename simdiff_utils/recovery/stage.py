@@ -78,7 +78,7 @@ def _healed_folder(run: Run) -> Path:
 
     def make(folder: Path) -> dict:
         model = Decoder(load_model(made, s.dtype))
-        found = block_losses(model, run.blocks("test"), batch_size=s.batch_size)
+        (found,) = block_losses(model, run.blocks("test"), batch_size=s.batch_size)
         what = f"perplexity, {rung_name(run)} ({pruning.describe_test(run)})"
         restate_recovery(made, folder / "model", {what: round(perplexity(found), 2)})
         return {"losses": found.tolist(), "cost": _cost(run)}
