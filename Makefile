@@ -59,7 +59,8 @@ workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and
 	@.venv/bin/snakemake --quiet host progress rules reason --configfile workflow/grids/smoke.yaml
 	@.venv/bin/python -m simdiff_utils results
 
-# ruff first: a slip shows within a second. After each part pytest prints the tests that took longest.
+# ruff first: a slip shows within a second. After each part pytest prints the tests that took longest. The notebooks run
+# one after another on all cores: side by side they would measure the same sets twice.
 test: .venv/.installed  ## run all tests: lint, units, every notebook under nbval, and tests of those tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -69,8 +70,7 @@ test: .venv/.installed  ## run all tests: lint, units, every notebook under nbva
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
 	set -x; \
-	TQDM_DISABLE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=900 -n 2 --dist loadfile \
-	  --durations 10 notebooks; \
+	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=900 --durations 10 notebooks; \
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/notebooks/test_notebooks.py -n 2 --durations 10
 
 # What a package of the system is missing for is skipped, with the reason printed.
