@@ -25,8 +25,10 @@ from simdiff_utils.engine.surgery import layer_kinds, layers_removed
 from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
-NAME, GRID, CRITERIA = "gemma-3-270m", [2, 4, 6], ["cosine", "portfolio", "sleb"]
-N_CHUNKS, CHUNK = 8, 512
+NAME, GRID = "gemma-3-270m", [2, 4, 6]
+# SLEB keeps the last layer, and every cut of two or four layers that keeps Gemma's pattern removes it
+CRITERIA = {False: ["cosine", "portfolio", "sleb"], True: ["cosine", "portfolio", "floating"]}
+N_CHUNKS, CHUNK = 4, 512
 
 
 def cut_and_measure(programs: Path, gguf: Path, removed: frozenset[int], text: Path, n_chunks: int) -> float:
@@ -74,7 +76,7 @@ def main(programs: Path, target: Path) -> None:
         text = Path(scratch) / "text.txt"
         write_test_text(text, run, N_CHUNKS)
         for keep_pattern in (False, True):
-            table = choices(run.replace(keep_pattern=keep_pattern), GRID, CRITERIA)
+            table = choices(run.replace(keep_pattern=keep_pattern), GRID, CRITERIA[keep_pattern])
             for row in tqdm(list(table.itertuples()), desc=f"keep_pattern={keep_pattern}", unit="cut"):
                 removed = frozenset(row.removed)
                 if removed not in measured:
