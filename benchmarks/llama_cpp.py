@@ -26,8 +26,8 @@ from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 NAME, GRID = "gemma-3-270m", [2, 4, 6]
-# SLEB keeps the last layer, and every cut of two or four layers that keeps Gemma's pattern removes it
-CRITERIA = {False: ["cosine", "portfolio", "sleb"], True: ["cosine", "portfolio", "floating"]}
+# SLEB keeps the last layer, which every cut of two layers that keeps the pattern removes
+CRITERIA = {False: ["cosine", "portfolio", "sleb"], True: ["cosine", "portfolio"]}
 N_CHUNKS, CHUNK = 4, 512
 
 
