@@ -12,7 +12,6 @@ from simdiff_utils.criterion.candidates import Evidence
 from simdiff_utils.criterion.cuts import Cuts
 from simdiff_utils.criterion.floating import Floating, LazyGreedy
 from simdiff_utils.criterion.propose import propose
-from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.criterion.search import greedy
 from tests.criterion.by_hand import blank_statistics
 
@@ -23,7 +22,6 @@ class Table:
     """Stands for an evaluator: the mean loss of a set is what a function says, the same on every block."""
 
     n_blocks = 4
-    losses_of = Evaluator.losses
 
     def __init__(self, loss, n_layers=N):
         self.loss, self.n_layers, self.evaluated = loss, n_layers, []

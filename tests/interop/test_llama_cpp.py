@@ -1,14 +1,13 @@
 """llama.cpp runs what our llama_quantize.txt makes as transformers runs our export; or the file says that it
 would not."""
 
-import re
 import subprocess
 import sys
 import tarfile
 
 import pytest
-import torch
 
+from benchmarks.llama_cpp import N_CHUNKS, cut_and_measure, measure
 from simdiff_utils import assets
 from simdiff_utils.engine.load import load_model, load_tokenizer
 from simdiff_utils.models.checkpoints import resolve_checkpoint
@@ -17,7 +16,7 @@ from simdiff_utils.text.corpus import load_corpus
 from tests.pruning.test_export import FACTS
 
 pytestmark = pytest.mark.interop
-VERSION, N_CHUNKS, N_TOKENS = "11434.0.0", 4, 512
+VERSION = "11434.0.0"
 
 
 @pytest.fixture(scope="module")
@@ -59,48 +58,6 @@ def text(tmp_path_factory):
     return file
 
 
-def theirs(programs, gguf, removed, text, folder) -> float:
-    """Perplexity by llama.cpp of a model cut by it, in float32: each chunk's second half is counted."""
-    cut = folder / "cut.gguf"
-    layers = ",".join(map(str, sorted(removed)))
-    quantize = ["llama-quantize", "--allow-requantize", "--prune-layers", layers, gguf, cut, "F32"]
-    measure = [
-        "llama-perplexity",
-        "-m",
-        cut,
-        "-f",
-        text,
-        "-c",
-        N_TOKENS,
-        "-b",
-        N_TOKENS,
-        "--chunks",
-        N_CHUNKS,
-    ]
-    for program, *arguments in (quantize, [*measure, "-ctk", "f32", "-ctv", "f32"]):
-        command = [programs / program, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return float(re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)[1])
-
-
-@torch.inference_mode()
-def ours(folder, text) -> float:
-    """The same by transformers on the export."""
-    model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-    begins = ids[0] == tokenizer.bos_token_id
-    losses = []
-    for chunk in ids[: N_CHUNKS * N_TOKENS].split(N_TOKENS):
-        chunk = chunk.clone()
-        if begins:
-            chunk[0] = tokenizer.bos_token_id
-        logits = model(input_ids=chunk[None]).logits[0].double().log_softmax(-1)
-        half = N_TOKENS // 2
-        losses.append(-logits[half:-1].gather(1, chunk[half + 1 :, None]))
-    return torch.cat(losses).mean().exp().item()
-
-
 @pytest.mark.parametrize(
     ("name", "removed", "same"),
     [
@@ -112,8 +69,9 @@ def ours(folder, text) -> float:
 def test_perplexity_is_that_of_transformers(name, removed, same, llama_cpp, text, tmp_path):
     checkpoint = resolve_checkpoint(f"embedded:{name}")
     export_pruned(checkpoint.folder, frozenset(removed), tmp_path / "ours", FACTS)
-    found = theirs(llama_cpp, assets.fetch(name), removed, text, tmp_path)
-    difference = abs(found / ours(tmp_path / "ours", text) - 1)
+    found = cut_and_measure(llama_cpp, assets.fetch(name), frozenset(removed), text, N_CHUNKS)
+    model, tokenizer = load_model(tmp_path / "ours", "float32"), load_tokenizer(tmp_path / "ours")
+    difference = abs(found / measure(model, tokenizer, text, N_CHUNKS) - 1)
     said = (tmp_path / "ours" / "llama_quantize.txt").read_text()
     if same:
         assert difference < 1e-3 and f"--prune-layers {','.join(map(str, sorted(removed)))} " in said
