@@ -1,7 +1,7 @@
 """The paper's claim on two models of its family: Tables 3 and 5 of SimDiff on Qwen2.5-Coder.
 
     python -m benchmarks.reproduction 0.5b --data ../shared/data [--grid 8 12] [--windows 32] [--samples 32]
-                                           [--seq-len 2048] [--validation 4] [--tasks 8 12]
+                                           [--seq-len 2048] [--validation 2] [--tasks 8 12]
 
 Not the paper's models but their siblings: same shape, trained on from the same base with code, instruct-
 tuned, 4 bits. Calibrated as published, on WikiText-2's training split (from the data folder in its tokens
@@ -9,28 +9,36 @@ version, where rare words are <unk>; raw where the hub is asked), perplexity on 
 literature's protocol. The published ternary search is a criterion of its own here.
 
 Goes on where it stopped, on another machine too: what is measured lies in runs/ and in the ledger
-(benchmarks/results/reproduction.jsonl); benchmarks/results/reproduction.csv is written anew after each run.
-Cells not measured are not in it.
+(benchmarks/results/reproduction.jsonl), which is written after an interrupt as well. Three tables are written
+anew after each run, and hold no cell that was not measured: reproduction.csv; reproduction_alpha.csv, the
+validation perplexity of every set that alpha can choose (Figure 4); reproduction_samples.csv, what fewer
+calibration samples would have chosen. An empty --grid checks one layer by hand and measures nothing.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from benchmarks.comparison import read_ledger, write_ledger, write_rows
 from simdiff_utils import provenance
+from simdiff_utils.capture import stage as capture
 from simdiff_utils.capture.statistics import capture_statistics
 from simdiff_utils.comparison.rows import PERPLEXITY, measure
+from simdiff_utils.criterion import stage
+from simdiff_utils.criterion.alpha import trace_path
+from simdiff_utils.criterion.equations import choose_removed, cosine_scores, normalise
 from simdiff_utils.engine.load import decoder_stack
 from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
 MODELS = {size: f"embedded:qwen2.5-coder-{size}-instruct" for size in ("0.5b", "1.5b")}
 GRID = [4, 6, 8, 10, 12]
-CRITERIA = "cosine mssd masd log-mssd relative portfolio sleb".split()
+CRITERIA = "cosine mssd masd log-mssd relative portfolio sleb floating".split()
 PUBLISHED_SEARCH = ["mssd", "masd"]
 TASK_CRITERIA = "cosine mssd masd relative portfolio".split()
 RESULTS = Path("benchmarks/results")
@@ -44,6 +52,42 @@ def calibration_text(data: str) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(data) / "wikitext2" / "wiki.train.tokens.gz", target)
     return str(target)
+
+
+def steps_over_alpha(run: Run) -> pd.DataFrame:
+    """Perplexity over alpha on the validation text, each set on all of it: the paper's Figure 4."""
+    parts = [
+        stage.steps(run, name, n_remove).assign(criterion=name)
+        for name in PUBLISHED_SEARCH
+        for n_remove in run.grid
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def effect_of_samples(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """What the first few calibration samples alone would have chosen.
+
+    Returns:
+        one row per (criterion, n_remove, n_samples): shared, the layers in common with ShortGPT's set from
+        all samples; for SimDiff instead, whether some alpha still chooses the set that was chosen.
+    """
+    captured, found = capture.statistics(run), []
+    chosen = rows[rows["criterion"].isin(["cosine", "masd"])].drop_duplicates(["criterion", "n_remove"])
+    for n_samples in [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < captured.n_samples]:
+        table = captured.table_of(np.arange(n_samples))
+        path = trace_path(*normalise(table, "masd"))
+        for row in chosen.itertuples():
+            removed = set(json.loads(row.removed))
+            if row.criterion == "cosine":
+                now = choose_removed(cosine_scores(table), row.n_remove)
+                facts = {"shared": len(removed & now)}
+            else:
+                sets = path.loc[path["n_remove"] == row.n_remove, "removed"]
+                facts = {"still_chosen": any(removed == set(each) for each in sets)}
+            found.append(
+                {"criterion": row.criterion, "n_remove": row.n_remove, "n_samples": n_samples} | facts
+            )
+    return pd.DataFrame(found)
 
 
 @torch.inference_mode()
@@ -71,7 +115,7 @@ def main() -> None:
     parser.add_argument(
         "--data", default="", help="folder with wikitext2/ and the tasks' rows; empty: the hub"
     )
-    parser.add_argument("--grid", type=int, nargs="+", default=GRID, help="numbers of layers to remove")
+    parser.add_argument("--grid", type=int, nargs="*", default=GRID, help="numbers of layers to remove")
     parser.add_argument("--criteria", nargs="+", default=CRITERIA)
     parser.add_argument("--windows", type=int, default=32, help="of 2,048 tokens of the test split")
     parser.add_argument("--samples", type=int, default=32, help="of calibration")
@@ -88,7 +132,7 @@ def main() -> None:
         n_samples=given.samples,
         seq_len=given.seq_len,
         n_validation=given.validation,
-        n_remove_grid=given.grid,
+        n_remove_grid=given.grid or GRID,
         n_windows=given.windows,
         data_folder=given.data,
         criteria=given.criteria,
@@ -96,22 +140,22 @@ def main() -> None:
         task_grid=given.tasks,
         n_stories=0,
     )
-    run, tables, runs = Run(settings), [], []
+    run, tables, ledger = Run(settings), [], RESULTS / "reproduction.jsonl"
     check_one_layer(run)
-    read_ledger(run, RESULTS / "reproduction.jsonl")
+    if not given.grid:
+        return
     published = [name for name in PUBLISHED_SEARCH if name in given.criteria]
-    for search in ("path", "ternary"):
-        own = given.criteria if search == "path" else published
-        if own:
-            this = run.replace(search=search, criteria=list(dict.fromkeys(["cosine", *own])))
-            runs.append(this)
-            read_ledger(this, RESULTS / "reproduction.jsonl")
-            rows = measure(this)
-            if search == "ternary":
-                rows = rows[rows["criterion"].isin(published)]
-                rows = rows.assign(criterion=rows["criterion"] + ", ternary search")
-            tables.append(rows)
-            write_ledger(runs, RESULTS / "reproduction.jsonl")
+    ternary = run.replace(search="ternary", criteria=["cosine", *published], task_grid=[])
+    runs = [run, ternary] if published else [run]
+    for each in runs:
+        read_ledger(each, ledger)
+    try:
+        tables = [measure(each) for each in runs]
+    finally:
+        write_ledger(runs, ledger)
+    if published:
+        probed = tables[1][tables[1]["criterion"].isin(published)]
+        tables[1] = probed.assign(criterion=probed["criterion"] + ", ternary search")
     rows = pd.concat(tables, ignore_index=True)
     calibration = (
         f"calibration {given.samples} x {given.seq_len}, validation {given.validation} x {given.seq_len} "
@@ -121,7 +165,13 @@ def main() -> None:
     command = f"python -m benchmarks.reproduction {given.model} --grid {' '.join(map(str, given.grid))}"
     command += f" --windows {given.windows} --samples {given.samples} --seq-len {given.seq_len}"
     command += f" --validation {given.validation} --dtype {given.dtype}"
-    write_rows(rows, RESULTS / "reproduction.csv", command)
+    model = run.checkpoint.label
+    for name, table in (
+        ("reproduction.csv", rows),
+        ("reproduction_alpha.csv", steps_over_alpha(run).assign(model=model)),
+        ("reproduction_samples.csv", effect_of_samples(run, rows).assign(model=model)),
+    ):
+        write_rows(table, RESULTS / name, command)
     print(rows[rows["metric"].isin([PERPLEXITY, "AVG"])].drop(columns="provenance").to_string(), flush=True)
 
 

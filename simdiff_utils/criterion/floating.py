@@ -14,24 +14,22 @@ from simdiff_utils.criterion.propose import propose
 from simdiff_utils.criterion.race import Evaluator, Removed
 from simdiff_utils.criterion.search import next_sets
 
-BATCH = (
-    2  # candidates measured at once by the lazy search: they share what lies before their first difference
-)
-N_BACK, N_AWAY = (
-    3,
-    6,
-)  # of a swap: layers put back (the best), layers taken away for each (the most promising)
+# candidates that the lazy search measures at once: they share what lies before their first difference
+BATCH = 2
+# of a swap: layers put back (the best), layers taken away for each (the most promising)
+N_BACK, N_AWAY = 3, 6
 
 
 class LazyGreedy:
     """Minoux's lazy greedy search: what a layer cost the step before is an estimate of what it costs now.
 
-    Layers are measured in the order of their estimates until the best of them beats every estimate that is
-    left. That is plain greedy where increments never fall; where they do, a layer may be passed over.
+    Layers are tried on a first slice of the blocks, in the order of their estimates, until the best of them
+    beats every estimate that is left; all that were tried then race. That is plain greedy where increments
+    never fall (and the slice orders like the whole); where they do, a layer may be passed over.
 
     Attributes:
         order: layers in the order of removal: the first k are the answer for k.
-        estimates: by layer that is left, the increment of the mean loss last measured.
+        estimates: by layer that is left, the increment of the mean loss last measured, on the first slice.
         asked: the sets whose losses were asked for.
     """
 
@@ -42,22 +40,26 @@ class LazyGreedy:
         cuts: Cuts | None = None,
         protected: frozenset[int] = frozenset(),
         batch: int = BATCH,
+        **race,
     ) -> None:
+        """Search a chain of sets of 1 to n_remove layers; `race` as in `Evaluator.race`, for each step."""
         self.order: list[int] = []
         self.estimates: dict[int, float] = {}
         self.asked: set[Removed] = {frozenset()}
         self._evaluator, self._batch = evaluator, batch
-        base = evaluator.losses([frozenset()]).mean()
-        for _ in range(n_remove):
-            left = [(s - {*self.order}) for s in next_sets(evaluator, self.order, n_remove, protected, cuts)]
-            measured = self._measure([layer_idx for (layer_idx,) in left], base)
-            best = min(measured, key=lambda i: (measured[i], i))
+        self._slice = None if race.get("exact") else evaluator.first_slice()
+        for step in range(n_remove):
+            tried = next_sets(evaluator, self.order, n_remove, protected, cuts)
+            measured = self._measure([layer_idx for s in tried for layer_idx in s - {*self.order}])
             self.estimates |= measured
-            base += self.estimates.pop(best)
+            raced = {step: [frozenset({*self.order, i}) for i in sorted(measured)]}
+            (best,) = evaluator.race(raced, **race).winners[step] - {*self.order}
+            self.estimates.pop(best)
             self.order.append(best)
 
-    def _measure(self, left: list[int], base: float) -> dict[int, float]:
+    def _measure(self, left: list[int]) -> dict[int, float]:
         """Increments of the most promising layers, as many as it takes."""
+        base = self._evaluator.losses([frozenset(self.order)], self._slice).mean()
         unknown = sum(layer_idx not in self.estimates for layer_idx in left)
         waiting = sorted((self.estimates.get(i, -np.inf), i) for i in left)
         measured: dict[int, float] = {}
@@ -66,7 +68,7 @@ class LazyGreedy:
             tried, waiting = [i for _, i in waiting[:size]], waiting[size:]
             sets = [frozenset({*self.order, i}) for i in tried]
             self.asked |= {*sets}
-            losses = self._evaluator.losses(sets).mean(1)
+            losses = self._evaluator.losses(sets, self._slice).mean(1)
             measured |= {i: loss - base for i, loss in zip(tried, losses, strict=True)}
         return measured
 
@@ -132,7 +134,8 @@ class Floating:
 
 def floating_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
     """What the floating search makes of the portfolio's sets and of what the lazy search reaches."""
-    lazy = LazyGreedy(evidence.evaluator(), n_remove, evidence.cuts)
+    race = {"confidence": evidence.confidence, "exact": evidence.exact}
+    lazy = LazyGreedy(evidence.evaluator(), n_remove, evidence.cuts, **race)
     known = [frozenset(lazy.order), *(c.removed for c in propose("portfolio", evidence, n_remove))]
     search = Floating(evidence, known, lazy.estimates)
     return [Candidate(search.best, "floating", n_models=len(search.asked | lazy.asked))]

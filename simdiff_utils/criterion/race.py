@@ -43,10 +43,12 @@ class Edit(Protocol):
 
 @dataclass
 class Cost:
-    """What evaluating took: tokens through layers, counted for each, and through the head, for each set."""
+    """What evaluating took: tokens through layers, counted for each, and through the head, for each set; the
+    sets of which nothing was known before."""
 
     layer_tokens: int = 0
     head_tokens: int = 0
+    n_sets: int = 0
 
 
 class Evaluator:
@@ -186,6 +188,7 @@ class Evaluator:
         with self._edit.applied(self._decoder.model) if self._edit else nullcontext():
             losses = block_losses(self._decoder, self._blocks[blocks], sets, self._batch_size, observe=count)
         self.cost.head_tokens += len(sets) * len(blocks) * (self._blocks.shape[1] - 1)
+        self.cost.n_sets += sum(bool(np.isnan(self._known[removed]).all()) for removed in sets)
         for removed, values in zip(sets, losses, strict=True):
             self._known[removed][blocks] = values
             if self._folder:

@@ -79,7 +79,7 @@ def test_losses_are_those_of_each_set_alone_and_the_cost_that_of_the_tree(make_t
     found = evaluator.losses(sets)
     assert found.shape == (5, 5) and found.dtype == np.float64
     np.testing.assert_allclose(found, alone, rtol=1e-5)
-    assert evaluator.cost == Cost(layer_runs(sets, N_LAYERS) * 5 * 20, len(sets) * 5 * 19)
+    assert evaluator.cost == Cost(layer_runs(sets, N_LAYERS) * 5 * 20, len(sets) * 5 * 19, len(sets))
     for which in ([4, 0, 2], [1], np.array([3, 4])):
         np.testing.assert_allclose(
             Evaluator(decoder, blocks).losses(sets[::-1], which), alone[::-1, which], rtol=1e-5
@@ -103,7 +103,7 @@ def test_leaving_one_layer_out_costs_little_more_than_half(make_tiny, blocks, n_
     singles = [{i} for i in range(n_layers)]
     assert shared == layer_runs(singles, n_layers)
     assert plain == sum(layer_runs([removed], n_layers) for removed in singles)
-    assert evaluator.cost == Cost(shared * blocks.numel(), n_layers * 5 * 19)
+    assert evaluator.cost == Cost(shared * blocks.numel(), n_layers * 5 * 19, n_layers)
 
 
 def test_leave_one_out_is_each_layers_own_loss(llama, blocks):
