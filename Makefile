@@ -15,7 +15,7 @@ export PYTHONWARNINGS := ignore:IProgress not found
 
 # The knobs of `make workbook`. Their values are data: taken literally (a `$` in them is not make's), and handed on
 # in the environment as SIMDIFF_MODEL, SIMDIFF_TEXT ..., where no shell reads them. Only those given are set.
-KNOBS := MODEL TEXT K CRITERION ALPHA DTYPE
+KNOBS := MODEL TEXT K TARGET CRITERION ALPHA DTYPE
 $(foreach knob,$(KNOBS),$(eval override $(knob) := $$(value $(knob))))
 $(foreach knob,$(KNOBS),$(if $(value $(knob)),$(eval export SIMDIFF_$(knob) := $$(value $(knob)))))
 unexport $(KNOBS)
@@ -49,6 +49,7 @@ help:  ## show this list
 	@echo "  MODEL=      embedded:NAME, a hub id, a Hugging Face folder or a GGUF file"
 	@echo "  TEXT=       embedded:wikipedia, wikitext2, a hub data set, or a text or JSONL file"
 	@echo "  K=          how many layers to remove"
+	@echo "  TARGET=     in the place of K: 'params <= 100e6', 'gib <= 0.8x', 'decode_speedup >= 1.3', 'perplexity <= 1.5x'"
 	@echo "  CRITERION=  how layers are chosen: cosine, masd, portfolio ... (all: notebook 06)"
 	@echo "  ALPHA=      auto, or a number in [0, 1]"
 	@echo "  DTYPE=      auto, float32, bfloat16 or float16"

@@ -3,6 +3,7 @@
 A stage's key is made of the groups it depends on: what a parameter makes old follows from where it stands.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated
@@ -15,27 +16,26 @@ from simdiff_utils.registry import CRITERIA, is_criterion
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPAIRS = ("none", "magnitude", "linear")
 TRAININGS = ("none", "lora", "distillation")
+# such as "params <= 100e6", "gib <= 0.8x": x, times the dense model's
+TARGET = re.compile(
+    r"(params|gib|perplexity|decode_speedup)(?:(?<!up) *<= *|(?<=up) *>= *)(\d+\.?\d*(?:[eE]\d+)?)(x?)"
+)
 _TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def _must(fits: Callable[[object], bool], words: str) -> AfterValidator:
+def _must(fits: Callable[[object], bool], words: str, then: str = ",") -> AfterValidator:
     """A check of a value of the right type; the sentence reads "NAME must WORDS, got VALUE."."""
 
     def check(value: object) -> object:
         if not fits(value):
-            raise ValueError(f"must {words}, got {value!r}.")
+            raise ValueError(f"must {words}{then} got {value!r}.")
         return value
 
     return AfterValidator(check)
 
 
 def _one_of(*choices: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}.")
-        return value
-
-    return AfterValidator(check)
+    return _must(choices.__contains__, f"be one of {', '.join(choices)}", ";")
 
 
 def _check_criterion(value: str) -> str:
@@ -65,15 +65,14 @@ Prompt = Annotated[str, _must(str.strip, "hold a word to start from")]
 Dtype = Annotated[str, _one_of(*DTYPES)]
 _COUNTS = "whole numbers of at least 1, got"
 _counts = partial(_list_of, "whole numbers", lambda n: type(n) is int and n >= 1, _COUNTS)
+_layers = _list_of("whole numbers", lambda n: type(n) is int and n >= 0, "layers, counted from 0; got", True)
 _criteria = partial(_list_of, "texts", is_criterion, f"some of {', '.join(CRITERIA)}; got")
 
 
-def _check_alpha(alpha: float | str) -> float | str:
-    if isinstance(alpha, str) and alpha != "auto":
-        raise ValueError(f'must be "auto" or a number in [0, 1], got {alpha!r}.')
-    if not isinstance(alpha, str) and not 0 <= alpha <= 1:
-        raise ValueError(f"must lie in [0, 1], got {alpha}.")
-    return alpha
+_TARGETS = (
+    "be params, gib or perplexity <= a number, or decode_speedup >= one (1.5x: times the dense model's)"
+)
+Alpha = _must(lambda a: a == "auto" if isinstance(a, str) else 0 <= a <= 1, 'be "auto" or a number in [0, 1]')
 
 
 # ---- groups; n_ counts, lengths are in tokens ----------------------------------------------------
@@ -86,8 +85,7 @@ class Group(BaseModel):
 
 
 class Sources(Group):
-    """What is pruned, on what text, and a pruned checkpoint that is there: in a key by the hashes of what
-    they name."""
+    """What is pruned, on what text, and a checkpoint already pruned: in a key by the hashes of the files."""
 
     model: str = "embedded:smollm2-135m-instruct"
     text: str = "embedded:wikipedia"
@@ -122,24 +120,25 @@ class CaptureSettings(Group):
 
 
 class SearchSettings(Group):
-    """How a criterion's candidate sets are found and compared: lowest perplexity on the validation split
-    wins."""
+    """How a criterion's sets are found and compared: lowest perplexity on the validation split wins."""
 
     n_validation: Count = 8
-    alpha: Annotated[float | str, AfterValidator(_check_alpha)] = "auto"
+    alpha: Annotated[float | str, Alpha] = "auto"
     search: Annotated[str, _one_of("path", "ternary")] = "path"
     exact: bool = False
     confidence: Annotated[float, Inside] = 0.99
     eps: Annotated[float, Inside] = 0.01
     max_iterations: Count = 50
     keep_pattern: bool = False
+    protected: Annotated[list[int], _layers] = []
 
 
 class ChoiceSettings(Group):
-    """Which criterion's set is removed, and how many layers."""
+    """Which criterion's set is removed, and how many layers: n_remove, or what a target comes to."""
 
     criterion: Annotated[str, AfterValidator(_check_criterion)] = "masd"
     n_remove: Count = 6
+    target: Annotated[str, _must(lambda t: not t or TARGET.fullmatch(t), _TARGETS)] = ""
 
 
 class TableSettings(Group):

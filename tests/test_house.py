@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "simdiff_utils"
 FILES = sorted(PACKAGE.rglob("*.py"))
 WIDTH, LONGEST, ENTRIES = 110, 260, 20
-CODE_LINES = 7_360  # of the whole package, docstrings, comments and blank lines aside
+CODE_LINES = 7_520  # of the whole package, docstrings, comments and blank lines aside
 # From the ground up: a module or room may import those that stand before it, and others on its own floor that
 # come before it in the line.
 FLOORS = (

@@ -169,7 +169,8 @@ def estimate_needs(run: NotebookRun, size: ModelSize, gpu_gib: float = 0.0) -> N
     least = size.n_outside * item + 2 * layer if streams else whole  # one layer runs, the next is read
 
     n_gpus = ceil(whole / (0.8 * gpu_gib * _GIB)) if gpu_gib else 0
-    written = size.n_bytes * (1 - settings.n_remove / size.n_layers) if number in ("03", "04") else 0
+    n_remove = 0 if settings.target else settings.n_remove  # what a target comes to is not known yet
+    written = size.n_bytes * (1 - n_remove / size.n_layers) if number in ("03", "04") else 0
     return Needs(_PROCESS_GIB + whole / _GIB, 1 + least / _GIB, n_gpus, max(0, int(written)))
 
 

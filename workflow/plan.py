@@ -39,6 +39,7 @@ FROM_MAKE = {
     "model": "SIMDIFF_MODEL",
     "text": "SIMDIFF_TEXT",
     "n_remove": "SIMDIFF_K",
+    "target": "SIMDIFF_TARGET",
     "criterion": "SIMDIFF_CRITERION",
     "alpha": "SIMDIFF_ALPHA",
     "dtype": "SIMDIFF_DTYPE",
@@ -127,6 +128,8 @@ def plan_runs(asked: dict, folder: Path) -> dict[str, NotebookRun]:
     wanted = _pop_wanted(asked)
     if unknown := set(asked) - set(setting_types()):
         raise SimDiffError(f"unknown config key {', '.join(sorted(unknown))}; see the head of the Snakefile.")
+    if asked.get("target") and "n_remove" in asked:
+        raise SimDiffError("n_remove (K) and target both say how many layers go: give one of them.")
     axes = _pop_axes(asked)
     takes = {number: declared(folder / f"{NOTEBOOKS[number]}.ipynb") for number in _needed(wanted)}
     _check_taken(asked, takes)
@@ -136,7 +139,7 @@ def plan_runs(asked: dict, folder: Path) -> dict[str, NotebookRun]:
         shared = {name: _pick(name, value, model) for name, value in asked.items()}
         shared |= {"model": model, "seed": seed}
         cells = [
-            shared | {"criterion": criterion, "n_remove": n_remove}
+            shared | {"criterion": criterion} | ({} if shared.get("target") else {"n_remove": n_remove})
             for criterion, n_remove in product(axes["criterion"], axes["n_remove"])
         ]
         for settings in cells:
@@ -220,7 +223,8 @@ def _plan_model(
 
     # 01 and 02 know neither criterion nor number: any cell's settings will do. 02 chooses the sets for every
     # number asked at once, so that 03 finds its own.
-    grid = {*cells[0].get("n_remove_grid", Settings().n_remove_grid), *(cell["n_remove"] for cell in cells)}
+    grid = {*cells[0].get("n_remove_grid", Settings().n_remove_grid)}
+    grid |= {cell["n_remove"] for cell in cells if "n_remove" in cell}
     captured = add("01", cells[0])
     chosen = add("02", cells[0] | {"n_remove_grid": sorted(grid)}, (captured,))
     for cell in cells:
@@ -273,7 +277,7 @@ def _name_result(number: str, settings: dict, rung: str, folder: Path) -> str:
     """Such as some-model/04-masd-6-linear-lora-0123abcd.json."""
     words = [number]
     if "criterion" in settings:
-        words += [_slug(settings["criterion"]), str(settings["n_remove"])]
+        words += [_slug(settings["criterion"]), _slug(str(settings.get("n_remove") or settings["target"]))]
     if rung:
         words.append(_slug(rung))
     return f"{_slug(Path(settings['model']).name)}/{'-'.join([*words, _digest(settings, folder)])}.json"

@@ -12,7 +12,7 @@ from simdiff_utils.files import read_kept, write_whole
 from workflow.plan import NOTEBOOKS, NotebookRun
 
 _MANY = 200  # rows of a table that are shown; the file has all
-_AXES = ("model", "seed", "criterion", "n_remove", "repair", "training")  # tell a notebook's runs apart
+_AXES = ("model", "seed", "criterion", "n_remove", "target", "repair", "training")  # tell a notebook's runs apart
 _FACTS = {  # word on the page -> column of the results' origins
     "models": "model",
     "text": "text",
@@ -100,7 +100,8 @@ def _title(run: NotebookRun) -> str:
     model = settings["model"]
     words = [Path(model).name if os.path.isabs(model) else model]
     if "criterion" in settings:
-        words.append(f"{settings['criterion']}, K = {settings['n_remove']}")
+        how_many = f"K = {settings['n_remove']}" if "n_remove" in settings else settings["target"]
+        words.append(f"{settings['criterion']}, {how_many}")
     if "training" in settings:
         healed = [word for word in (settings.get("repair", "none"), settings["training"]) if word != "none"]
         words.append(" + ".join(healed) or "no recovery")

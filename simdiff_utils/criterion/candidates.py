@@ -1,6 +1,6 @@
 """Candidates: sets of layers that a criterion proposes, and the evidence that it may look at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +58,7 @@ class Evidence:
         search: with alpha "auto": "path" for every set that some alpha chooses, "ternary" for Algorithm 1.
         eps, max_iterations: of the ternary search.
         confidence, exact: of a search's races, see `Evaluator.race`.
+        protected: layers that always stay, 0-based.
         kinds: of the layers, where only sets that keep their pattern may be removed; (): any set may.
     """
 
@@ -72,6 +73,7 @@ class Evidence:
     max_iterations: int = 50
     confidence: float = 0.99
     exact: bool = False
+    protected: Collection[int] = ()
     kinds: tuple[int, ...] = ()
     _paths: dict[str, pd.DataFrame] = field(default_factory=dict, init=False, repr=False)
     _scores: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -90,7 +92,7 @@ class Evidence:
     @property
     def cuts(self) -> Cuts:
         """The sets that may be removed."""
-        return Cuts(self.kinds or (0,) * self.n_layers)
+        return Cuts(self.kinds or (0,) * self.n_layers, frozenset(self.protected))
 
     def alpha_path(self, criterion: str) -> pd.DataFrame:
         """Every set that some alpha chooses, for all n_remove, see `Cuts.trace_path`; computed once."""

@@ -1,4 +1,5 @@
-"""Which sets of layers may be removed at all, and the lowest of them: all, or those that keep a pattern.
+"""Which sets of layers may be removed at all, and the lowest of them: all, those without a protected layer,
+or those that keep a pattern.
 
 Some families alternate kinds of layers (Gemma 3: five with sliding attention, one with full), and tools that
 know the pattern by heart (llama.cpp) read a cut model right only where its layers repeat it.
@@ -11,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 
+from simdiff_utils import require
 from simdiff_utils.criterion.alpha import PATH, exact_lines, trace_path
 from simdiff_utils.criterion.equations import choose_removed
 
@@ -22,20 +24,36 @@ class Cuts:
 
     Attributes:
         kinds: a whole number a layer, the same for layers of one kind (`surgery.layer_kinds`); where all are
-            the same, any set may be removed.
+            the same, there is no pattern to keep.
+        protected: layers that always stay, 0-based.
     """
 
     kinds: tuple[int, ...]
+    protected: frozenset[int] = frozenset()
 
     @property
-    def any_set(self) -> bool:
-        """Whether there is no pattern to keep."""
+    def _no_pattern(self) -> bool:
         return len(set(self.kinds)) == 1
+
+    @property
+    def _free(self) -> list[int]:
+        """Layers that may go."""
+        return [layer_idx for layer_idx in range(len(self.kinds)) if layer_idx not in self.protected]
 
     def allows(self, removed: Collection[int]) -> bool:
         """Whether a set, 0-based, may be removed."""
         kept = [kind for layer_idx, kind in enumerate(self.kinds) if layer_idx not in removed]
-        return tuple(kept) == self.kinds[: len(kept)]
+        return tuple(kept) == self.kinds[: len(kept)] and self.protected.isdisjoint(removed)
+
+    def check(self, n_remove: int) -> None:
+        """Refuse a number of layers of which no set may be removed."""
+        protected = f" while layers {sorted(self.protected)} are protected" if self.protected else ""
+        pattern = "" if self._no_pattern else " and the pattern is kept"
+        require(
+            self._lowest([0] * len(self.kinds), n_remove),
+            f"no {n_remove} of {len(self.kinds)} layers may be removed{protected}{pattern}: remove fewer, or "
+            "protect fewer.",
+        )
 
     def lowest(self, scores: Sequence, n_remove: int) -> frozenset[int]:
         """The set of n_remove layers whose scores add up to least; ties go to the earlier layer.
@@ -44,15 +62,29 @@ class Cuts:
 
         Args:
             scores: a number a layer, of any kind that adds and compares.
+
+        Raises:
+            SimDiffError: see `check`.
         """
-        return choose_removed(scores, n_remove) if self.any_set else self._shortest(scores, n_remove)[0]
+        self.check(n_remove)
+        return self._lowest(scores, n_remove)
+
+    def _lowest(self, scores: Sequence, n_remove: int) -> frozenset[int] | None:
+        if not self._no_pattern:
+            found = self._shortest(scores, n_remove)
+            return found and found[0]
+        free = self._free
+        if n_remove > min(len(free), len(self.kinds) - 1):
+            return None
+        places = choose_removed([scores[layer_idx] for layer_idx in free], n_remove)
+        return frozenset(free[place] for place in places)
 
     def completes(self, removed: frozenset[int], n_remove: int, protected: frozenset[int]) -> bool:
         """Whether some set of n_remove layers that may go holds all of `removed` and none of `protected`."""
         wanted = np.zeros(len(self.kinds))
         wanted[list(removed)], wanted[list(protected)] = -1, 1
-        found = self.lowest(wanted, n_remove)
-        return removed <= found and not protected & found
+        found = self._lowest(wanted, n_remove)
+        return found is not None and removed <= found and not protected & found
 
     def trace_path(self, i_sim: np.ndarray, i_diff: np.ndarray) -> pd.DataFrame:
         """The table of `alpha.trace_path`, of the sets that may be removed.
@@ -61,10 +93,21 @@ class Cuts:
         envelope of these lines: where the best sets at two alphas cross, either a third is lower (and the
         search goes on to both sides) or nothing lies between them (Eisner and Severance, 1976).
         """
-        if self.any_set:
-            return trace_path(i_sim, i_diff)
+        return self._trace_free(i_sim, i_diff) if self._no_pattern else self._trace_pattern(i_sim, i_diff)
+
+    def _trace_free(self, i_sim: np.ndarray, i_diff: np.ndarray) -> pd.DataFrame:
+        free = self._free
+        path = trace_path(np.asarray(i_sim)[free], np.asarray(i_diff)[free])
+        path["removed"] = [[free[place] for place in places] for places in path["removed"]]
+        if self.protected:  # these stay: all others may go at once
+            path = pd.concat([path, pd.DataFrame([(len(free), 0.0, 1.0, free, False, 1)], columns=PATH)])
+        return path.reset_index(drop=True)
+
+    def _trace_pattern(self, i_sim: np.ndarray, i_diff: np.ndarray) -> pd.DataFrame:
         lines, rows = exact_lines(i_sim, i_diff), []
         for n_remove in range(1, len(lines)):
+            if not self._shortest([0] * len(lines), n_remove):
+                continue
 
             def best(alpha: Fraction, n_remove: int = n_remove) -> tuple[frozenset[int], int]:
                 return self._shortest([start + slope * alpha for start, slope in lines], n_remove)
@@ -92,15 +135,15 @@ class Cuts:
                 rows.append((n_remove, low, high, sorted(removed), low == high, n_tied))
         return pd.DataFrame(rows, columns=PATH).astype({"low": float, "high": float})
 
-    def _shortest(self, scores: Sequence, n_remove: int) -> tuple[frozenset[int], int]:
-        """The lowest set, and how many sets are as low."""
+    def _shortest(self, scores: Sequence, n_remove: int) -> tuple[frozenset[int], int] | None:
+        """The lowest set, and how many sets are as low; None: no set may go."""
         # ways[n]: sum, layers and number of sets, of what can go from a layer on when n before it are gone
         ways = {n_remove: (0, (), 1)}
         for layer_idx in reversed(range(len(self.kinds))):
             further = {}
             for n_gone in range(min(layer_idx, n_remove) + 1):
                 options = []
-                if n_gone + 1 in ways:
+                if n_gone + 1 in ways and layer_idx not in self.protected:
                     total, removed, n_tied = ways[n_gone + 1]
                     options.append((scores[layer_idx] + total, (layer_idx, *removed), n_tied))
                 if n_gone in ways and self.kinds[layer_idx] == self.kinds[layer_idx - n_gone]:
@@ -110,4 +153,4 @@ class Cuts:
                     tied = sum(option[2] for option in options if option[0] == total)
                     further[n_gone] = (total, removed, tied)
             ways = further
-        return frozenset(ways[0][1]), ways[0][2]
+        return (frozenset(ways[0][1]), ways[0][2]) if 0 in ways else None

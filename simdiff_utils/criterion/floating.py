@@ -123,7 +123,7 @@ class Floating:
 
     def _take_away(self, removed: Removed, but: Removed) -> list[Removed]:
         """The set with one more of the layers that promise to cost least."""
-        left = [i for i in range(self._evaluator.n_layers) if i not in removed | but]
+        left = [i for i in range(self._evaluator.n_layers) if i not in removed | but | self._cuts.protected]
         left.sort(key=lambda i: (self._estimates.get(i, np.inf), i))
         return [removed | {i} for i in left[:N_AWAY]]
 

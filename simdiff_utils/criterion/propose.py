@@ -22,14 +22,16 @@ def propose(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate
         SimDiffError: no such criterion; it protects too many layers, or gives scores that are not finite; it
             looks at what the evidence lacks; it gives a set that may not be removed (`evidence.cuts`).
     """
+    evidence.cuts.check(n_remove)
     found = _sets(criterion, evidence, n_remove)
-    barred = [sorted(c.removed) for c in found if not evidence.cuts.allows(c.removed)]
+    allowed = [c for c in found if evidence.cuts.allows(c.removed)]
     require(
-        not barred,
-        f"{criterion} removes layers {barred[:1]}, and the others break the model's pattern: choose another "
-        "criterion, or set keep_pattern to false.",
+        allowed,
+        f"{criterion} proposes only sets such as {sorted(found[0].removed) if found else []}, which hold a "
+        "protected layer or break the model's pattern: choose another criterion, or change protected or "
+        "keep_pattern.",
     )
-    return found
+    return allowed
 
 
 def _sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate]:
@@ -49,8 +51,8 @@ def _sets(criterion: str, evidence: Evidence, n_remove: int) -> list[Candidate]:
     removed = evidence.cuts.lowest(scores, n_remove)
     require(
         np.isfinite(scores[list(removed)]).all(),
-        f"{criterion} protects layers {protected}, and no {n_remove} of the others keep the model's pattern: "
-        "remove another number, or choose another criterion.",
+        f"{criterion} protects layers {protected}, and no {n_remove} of the others may go (see keep_pattern "
+        "and protected): remove another number, or choose another criterion.",
     )
     return [Candidate(removed, criterion)]
 

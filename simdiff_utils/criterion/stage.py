@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from simdiff_utils import SimDiffError, registry
+from simdiff_utils import SimDiffError, registry, require
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.criterion.candidates import Candidate, Evidence
 from simdiff_utils.criterion.laco import Merges
@@ -53,6 +53,8 @@ def losses(run: Run, split: str, removed: frozenset[int] = frozenset()) -> np.nd
 
 def evidence(run: Run) -> Evidence:
     """What criteria may look at; model and validation text are loaded when one does."""
+    beyond = [layer_idx for layer_idx in run.settings.protected if layer_idx >= run.n_layers]
+    require(not beyond, f"protected names layers {beyond}, and the last layer is {run.n_layers - 1}.")
     return Evidence(
         capture.statistics(run),
         lambda: run.decoder,

@@ -22,10 +22,10 @@ KINDS = st.lists(st.integers(0, 2), min_size=2, max_size=8).map(tuple)
 HEIGHT = st.integers(0, 12)
 
 
-def all_sets(kinds, n_remove):
+def all_sets(kinds, n_remove, protected=frozenset()):
     """Every set of n_remove layers without which the others repeat the first kinds, by trying all."""
     n_layers = len(kinds)
-    for removed in combinations(range(n_layers), n_remove):
+    for removed in combinations([i for i in range(n_layers) if i not in protected], n_remove):
         kept = [i for i in range(n_layers) if i not in removed]
         if all(kinds[i] == kinds[place] for place, i in enumerate(kept)):
             yield frozenset(removed)
@@ -42,6 +42,28 @@ def test_the_lowest_set_is_the_lowest_of_all_and_ties_go_to_the_earlier_layer(ki
     assert found == expected and {type(i) for i in found} == {int}
     every = map(frozenset, combinations(range(len(kinds)), n_remove))
     assert [s for s in every if Cuts(kinds).allows(s)] == sets
+
+
+@settings(max_examples=200)
+@given(KINDS, st.data())
+def test_no_protected_layer_goes_and_where_none_else_may_that_is_said(kinds, data):
+    layer = st.integers(0, len(kinds) - 1)
+    cuts = Cuts(kinds, data.draw(st.frozensets(layer, min_size=1, max_size=len(kinds) - 1)))
+    scores = np.array(data.draw(st.lists(HEIGHT, min_size=len(kinds), max_size=len(kinds))), dtype=float)
+    n_remove = data.draw(st.integers(1, len(kinds) - 1))
+    sets = list(all_sets(kinds, n_remove, cuts.protected))
+    every = map(frozenset, combinations(range(len(kinds)), n_remove))
+    assert [s for s in every if cuts.allows(s)] == sets
+    path = cuts.trace_path(scores, scores[::-1])
+    of_this = path[path["n_remove"] == n_remove]
+    assert all(frozenset(removed) in sets for removed in of_this["removed"])
+    if not sets:
+        with pytest.raises(SimDiffError, match=r"while layers \[.*\] are protected.*protect fewer"):
+            cuts.lowest(scores, n_remove)
+        assert of_this.empty
+        return
+    assert cuts.lowest(scores, n_remove) == min(sets, key=lambda s: (sum(scores[i] for i in s), sorted(s)))
+    assert frozenset(of_this["removed"].iloc[0]) == cuts.lowest(scores, n_remove)
 
 
 @settings(max_examples=200)
@@ -145,3 +167,18 @@ def test_scores_lines_and_blocks_are_the_best_of_those_that_keep_the_pattern(sma
                 c.removed for c in propose("portfolio", evidence, n_remove)
             }
         assert np.isfinite(evaluator.losses(path)).all()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_no_criterion_removes_a_protected_layer(small, criterion):
+    llama = small("llama")
+    evidence = replace(llama.evidence, protected=[0, 5])
+    for n_remove in (1, 3):
+        try:
+            sets = {c.removed for c in propose(criterion, evidence, n_remove)}
+        except SimDiffError as error:
+            assert criterion == "laco" or f"{criterion} protects layers" in str(error)
+        else:
+            assert sets and all(len(s) == n_remove and not s & {0, 5} for s in sets)
+    with pytest.raises(SimDiffError, match="layers .* are protected|protects"):
+        propose(criterion, evidence, N_LAYERS - 1)

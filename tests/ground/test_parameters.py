@@ -66,7 +66,9 @@ def test_injected_names_that_the_notebook_does_not_declare_are_refused():
 
 def test_injected_values_of_the_wrong_type_or_range_are_refused():
     assert "n_remove must be a whole number" in refusal(read, run_cells(PARAMETERS, inject(n_remove="3")))
-    assert "alpha must lie in [0, 1]" in refusal(read, run_cells(PARAMETERS, inject(alpha=2)))
+    assert 'alpha must be "auto" or a number in [0, 1]' in refusal(
+        read, run_cells(PARAMETERS, inject(alpha=2))
+    )
 
 
 def test_declared_names_that_are_no_settings_are_refused():

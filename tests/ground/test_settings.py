@@ -61,9 +61,9 @@ def refusal(call, *args, **kwargs) -> str:
         ("eps", float("nan"), "eps must lie between 0 and 1"),
         *[("eps", value, "eps must") for value in (1, 1.5, float("inf"))],
         ("prompt", "", "prompt must"),
-        ("alpha", -0.1, r"alpha must lie in [0, 1], got -0.1"),
-        ("alpha", 1.1, r"alpha must lie in [0, 1], got 1.1"),
-        ("alpha", float("nan"), r"alpha must lie in [0, 1], got nan"),
+        ("alpha", -0.1, 'alpha must be "auto" or a number in [0, 1], got -0.1'),
+        ("alpha", 1.1, 'alpha must be "auto" or a number in [0, 1], got 1.1'),
+        ("alpha", float("nan"), 'alpha must be "auto" or a number in [0, 1], got nan'),
         ("alpha", "best", """alpha must be "auto" or a number in [0, 1], got 'best'"""),
         ("alpha", "0.5", """alpha must be "auto" or a number in [0, 1], got '0.5'"""),
         ("n_remove_grid", [], "n_remove_grid must be a list of whole numbers of at least 1"),
@@ -90,6 +90,23 @@ def refusal(call, *args, **kwargs) -> str:
         ("max_perplexity_ratio", float("nan"), "max_perplexity_ratio must be 0 (off) or more, got nan"),
         ("learning_rate", -1e-3, "learning_rate must be 0 (off) or more"),
         ("max_steps", -1, "max_steps must be 0 (off) or more, got -1"),
+        *[
+            (
+                "target",
+                value,
+                "target must be params, gib or perplexity <= a number, or decode_speedup >= one",
+            )
+            for value in (
+                "6",
+                "params",
+                "params >= 1e6",
+                "decode_speedup <= 2",
+                "gib <= -1",
+                "loss <= 2",
+                "gib<=1 x",
+            )
+        ],
+        *[("protected", value, "protected must be a list of") for value in (3, [-1], [True], ["first"])],
     ],
 )
 def test_bad_values_are_refused_in_a_sentence_that_names_them(name, value, words):
@@ -103,6 +120,11 @@ def test_bad_values_are_refused_in_a_sentence_that_names_them(name, value, words
         ("alpha", 0),
         ("alpha", 1),
         ("alpha", 0.25),
+        *[
+            ("target", value)
+            for value in ("", "params <= 100e6", "gib<=1.2", "perplexity <= 1.5x", "decode_speedup >= 2")
+        ],
+        ("protected", [0, 29]),
         ("eps", 1e-4),
         ("learning_rate", 0),
         ("seq_len", 2),

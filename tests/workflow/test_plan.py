@@ -134,6 +134,18 @@ def test_a_setting_may_differ_from_model_to_model():
     assert all(run.settings["measure"] is True for run in runs.values())
 
 
+def test_a_target_stands_in_the_place_of_a_number_of_layers():
+    asked = read_config({}, {"SIMDIFF_TARGET": "decode_speedup >= 1.25"})
+    runs = plan(**asked, recovery=True, speed=True)
+    by_number = {Path(result).name[:2]: (result, run) for result, run in runs.items()}
+    for number in ("03", "04", "05"):
+        result, run = by_number[number]
+        assert f"/{number}-masd-decode-speedup-1-25-" in result and "n_remove" not in run.settings
+        given = {**run.parameters, **run.parameters.get("more", {})}
+        assert given["target"] == "decode_speedup >= 1.25"
+    assert by_number["02"][1].settings["n_remove_grid"] == [3, 6, 8, 9, 12]
+
+
 def test_words_become_what_the_setting_wants():
     config = {"n_remove": ["3", 4], "alpha": ".5", "exact": "true", "text": "1", "learning_rate": "1e-4"}
     config |= {"n_remove_grid": {SMOLLM2: ["2", "3"]}, "n_test": "many", "criteria": ["masd"], "seed": 2.5}
@@ -156,6 +168,8 @@ def test_words_become_what_the_setting_wants():
         (dict(speed="perhaps"), "speed has to be true or false; got 'perhaps'"),
         (dict(recovery=["lora", "magic"]), "there is no rung 'magic'"),
         (dict(recovery=["lora+distillation+none"]), "there is no rung"),
+        (dict(n_remove=3, target="gib <= 1"), "n_remove .K. and target both say how many layers go"),
+        (dict(target="gib >= 1"), "target must be params, gib or perplexity <= a number"),
         (dict(n_pairs=3), "no notebook of this grid takes n_pairs"),
         (
             dict(model=[SMOLLM2, GEMMA], n_test={SMOLLM2: 3}),
