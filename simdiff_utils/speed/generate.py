@@ -82,12 +82,15 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache | None = Non
 
 
 @torch.inference_mode()
-def decode(step: Step, token: Tensor, cache: Cache, n_new_tokens: int) -> Tensor:
+def decode(
+    step: Step, token: Tensor, cache: Cache, n_new_tokens: int, stamps: list[float] | None = None
+) -> Tensor:
     """Greedy generation on the cache, one pass per token, always `n_new_tokens` passes (no early end).
 
     Args:
         step: the model, or its compiled step where the cache is static.
         token: the first token to read, [batch, 1], as `prefill` returns it.
+        stamps: the clock is put here when each token is there, as whoever waits for it sees it.
 
     Returns:
         The tokens that followed it, [batch, n_new_tokens].
@@ -98,6 +101,8 @@ def decode(step: Step, token: Tensor, cache: Cache, n_new_tokens: int) -> Tensor
         logits = step(input_ids=token, past_key_values=cache, use_cache=True).logits
         token = logits[:, -1:].argmax(-1).clone()  # a CUDA graph writes its next answer over this one
         generated.append(token)
+        if stamps is not None:
+            stamps.append(now(token.device))
     _check_cache(cache, n_cached + n_new_tokens)
     return torch.cat(generated, dim=1) if generated else token[:, :0]
 

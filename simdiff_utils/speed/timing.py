@@ -32,6 +32,7 @@ from simdiff_utils.speed.generate import (
 
 N_LENGTHS = 5  # of the cache, where a decode is integrated
 MAX_WARM_UP, STABLE = 4, 0.05  # untimed rounds until two differ by less than this share
+_TIMES = ("seconds", "median_step", "p99_step")
 KEYS = ["batch_size", "way", "phase", "model", "n_remove"]
 
 
@@ -89,7 +90,8 @@ def measure_speed(
     Returns:
         One row per (model, phase, pair) in the order measured: model ("dense", "pruned"), n_remove, phase
         ("prefill", "decode" or "decode (integrated)"), way ("eager", "compiled"), pair, batch_size, seconds,
-        tokens (of the whole batch), tokens_per_s.
+        median_step and p99_step (seconds: of the run's steps the median and the 99th percentile; NaN where a
+        phase is one pass, or not every step was timed), tokens (of the whole batch), tokens_per_s.
 
     Raises:
         SimDiffError: a model that lacks other layers than said, more tokens than a model's context holds, no
@@ -106,16 +108,16 @@ def measure_speed(
         while pair < n_pairs:
             total = 0.0
             for name, n_remove, model, step in timed if pair % 2 == 0 else reversed(timed):
-                seconds = _time_run(model, step, compiled, prompt, protocol)
-                total += sum(seconds.values())
+                times = _time_run(model, step, compiled, prompt, protocol)
+                total += sum(seconds for seconds, *_ in times.values())
                 if pair >= 0:
-                    rows += [(name, n_remove, phase, pair, value) for phase, value in seconds.items()]
+                    rows += [(name, n_remove, phase, pair, *values) for phase, values in times.items()]
                     bar.update()
             stable = abs(total / last - 1) < STABLE
             pair, last = (0 if pair < 0 and stable else pair + 1), total
             if pair == 0:
                 bar.set_postfix_str("")
-    table = pd.DataFrame(rows, columns=["model", "n_remove", "phase", "pair", "seconds"])
+    table = pd.DataFrame(rows, columns=["model", "n_remove", "phase", "pair", *_TIMES])
     table.insert(3, "way", "compiled" if compiled else "eager")
     table.insert(5, "batch_size", protocol.batch_size)
     n_tokens = {"prefill": protocol.prompt_len, protocol.decode_phase: protocol.n_new_tokens}
@@ -138,24 +140,24 @@ def _random_prompt(model: PreTrainedModel, protocol: Protocol, seed: int) -> Ten
 
 def _time_run(
     model: PreTrainedModel, step: Step, compiled: bool, prompt: Tensor, protocol: Protocol
-) -> dict[str, float]:
-    """Seconds of each phase of one run."""
+) -> dict[str, tuple[float, float, float]]:
+    """Of each phase of one run: seconds, and those of its steps (see `measure_speed`)."""
     static_len = protocol.n_tokens + 1 if compiled else 0
     cache = new_cache(model, static_len)
     started = now(model.device)
     token, cache = prefill(model, prompt, cache)
-    seconds = {"prefill": now(model.device) - started}
+    times = {"prefill": (now(model.device) - started, np.nan, np.nan)}
 
-    def time_steps(cache: Cache, n_steps: int) -> float:  # a step is compiled when it is first called
-        started = now(model.device)
+    def time_steps(cache: Cache, n_steps: int) -> np.ndarray:  # a step is compiled when it is first called
+        stamps = [now(model.device)]
         try:
-            decode(step, token, cache, n_steps)
+            decode(step, token, cache, n_steps, stamps)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise SimDiffError(
                 f"The decode step cannot be compiled here ({one_line(error)[:200]}): set compiled = False, "
                 "or install a C++ compiler."
             ) from error
-        return now(model.device) - started
+        return np.diff(stamps)
 
     n_timed = protocol.n_timed_steps
     if n_timed:
@@ -164,13 +166,14 @@ def _time_run(
         per_step = []
         for length in lengths:
             cache = fill_cache(model, new_cache(model, static_len), protocol.batch_size, int(length))
-            per_step.append(time_steps(cache, n_timed) / n_timed)
+            per_step.append(time_steps(cache, n_timed).mean())
         every = protocol.prompt_len + np.arange(protocol.n_new_tokens)  # the length before each step
         between = np.interp(every, lengths + (n_timed - 1) / 2, per_step)
-        seconds[protocol.decode_phase] = float(between.sum())
+        times[protocol.decode_phase] = (float(between.sum()), np.nan, np.nan)
     elif protocol.n_new_tokens:
-        seconds[protocol.decode_phase] = time_steps(cache, protocol.n_new_tokens)
-    return seconds
+        steps = time_steps(cache, protocol.n_new_tokens)
+        times[protocol.decode_phase] = (steps.sum(), np.median(steps), np.quantile(steps, 0.99))
+    return times
 
 
 def summarise_speed(samples: pd.DataFrame) -> pd.DataFrame:
@@ -182,7 +185,8 @@ def summarise_speed(samples: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per (batch_size, way, phase, model, n_remove): n_pairs, seconds and tokens_per_s (medians)
-        with their quartiles (_q25, _q75), speedup, speedup_low, speedup_high.
+        with their quartiles (_q25, _q75), median_step and p99_step (medians over the runs), speedup,
+        speedup_low, speedup_high.
     """
     base = samples[samples["model"] == "dense"].set_index(["batch_size", "way", "phase", "pair"])["seconds"]
     rows = []
@@ -192,6 +196,7 @@ def summarise_speed(samples: pd.DataFrame) -> pd.DataFrame:
             row[column] = group[column].median()
             for share in (0.25, 0.75):
                 row[f"{column}_q{share * 100:.0f}"] = group[column].quantile(share)
+        row |= group[["median_step", "p99_step"]].median().to_dict()
         logs = np.log([base[(*key[:3], run.pair)] / run.seconds for run in group.itertuples()])
         n, mean, half = len(logs), logs.mean(), np.inf
         if n > 1:

@@ -101,7 +101,8 @@ def test_models_take_turns_in_alternating_order_after_warm_up(make_tiny, monkeyp
         calls.append("dense" if model is dense else "pruned")
         assert prompt.shape == (2, 10)
         seconds = time_run(model, step, compiled, prompt, protocol)
-        return seconds | {"prefill": 1.0, "decode": 1.0}  # stable at once
+        once = (1.0, np.nan, np.nan)
+        return seconds | {"prefill": once, "decode": once}  # stable at once
 
     monkeypatch.setattr(timing, "_time_run", record)
     with without_layers(dense, SETS[3]) as pruned:
@@ -118,7 +119,7 @@ def test_models_take_turns_in_alternating_order_after_warm_up(make_tiny, monkeyp
 
 def test_a_machine_that_never_settles_is_warmed_up_a_bounded_number_of_rounds(llama, monkeypatch):
     seconds = iter(2.0**n for n in range(100))
-    monkeypatch.setattr(timing, "_time_run", lambda *_: {"prefill": next(seconds)})
+    monkeypatch.setattr(timing, "_time_run", lambda *_: {"prefill": (next(seconds), 0.0, 0.0)})
     assert len(measure_speed(llama, {}, Protocol(1, 4, 0), 2)) == 2
     assert next(seconds) == 2.0 ** (timing.MAX_WARM_UP + 2)
 
@@ -147,8 +148,10 @@ def test_an_integrated_decode_is_the_sum_over_a_line(llama, monkeypatch):
     timed."""
     clock = [0.0]
 
-    def step(_step, token, cache, n_new_tokens):
-        clock[0] += sum(cache.get_seq_length() + i for i in range(n_new_tokens))
+    def step(_step, token, cache, n_new_tokens, stamps):
+        for i in range(n_new_tokens):
+            clock[0] += cache.get_seq_length() + i
+            stamps.append(clock[0])
 
     monkeypatch.setattr(timing, "decode", step)
     monkeypatch.setattr(timing, "now", lambda _device: clock.__setitem__(0, clock[0] + 1e-6) or clock[0])
@@ -157,6 +160,22 @@ def test_an_integrated_decode_is_the_sum_over_a_line(llama, monkeypatch):
     assert row["tokens"] == 40
     # beyond the ends it is held, not extended
     assert row["seconds"] == pytest.approx(sum(range(4, 44)), rel=0.02)
+    assert np.isnan(row["median_step"])  # not every step was timed
+
+
+def test_the_time_per_token_is_that_of_its_own_step(llama, monkeypatch):
+    """Nine steps of a second, then one of eleven."""
+    clock = [0.0]
+
+    def step(_step, token, cache, n_new_tokens, stamps):
+        stamps += [clock[0] + i + 1 + 10 * (i == 9) for i in range(n_new_tokens)]
+
+    monkeypatch.setattr(timing, "decode", step)
+    monkeypatch.setattr(timing, "now", lambda _device: clock[0])
+    samples = measure_speed(llama, {}, Protocol(1, 4, 10), 1)
+    row = samples[samples["phase"] == "decode"].iloc[0]
+    assert (row["seconds"], row["median_step"]) == (20, 1)
+    assert row["p99_step"] == pytest.approx(np.quantile([1] * 9 + [11], 0.99))
 
 
 def test_more_tokens_than_the_context_holds_are_refused(llama):
@@ -183,9 +202,17 @@ def test_a_step_that_does_not_compile_is_one_sentence(llama, monkeypatch):
 
 def test_summary_pairs_the_rounds():
     dense, pruned = [1.0, 2.0, 4.0, 8.0], [0.5, 1.0, 2.0, 16.0]  # drifts by 8; always twice as fast, but once
-    same = {"phase": "decode", "way": "eager", "batch_size": 1, "tokens": 8}
+    same = {"phase": "decode", "way": "eager", "batch_size": 1, "tokens": 8, "p99_step": np.nan}
     samples = pd.DataFrame(
-        {"model": name, "n_remove": n, "pair": i, "seconds": s, "tokens_per_s": 8 / s, **same}
+        {
+            "model": name,
+            "n_remove": n,
+            "pair": i,
+            "seconds": s,
+            "tokens_per_s": 8 / s,
+            "median_step": s / 8,
+            **same,
+        }
         for i, pair in enumerate(zip(dense, pruned, strict=True))
         for name, n, s in zip(("dense", "pruned"), (0, 3), pair, strict=True)
     )
@@ -198,7 +225,7 @@ def test_summary_pairs_the_rounds():
     assert table.loc["pruned", "speedup_high"] == pytest.approx(np.exp(logs.mean() + half))
     assert table.loc["dense", "tokens_per_s"] == pytest.approx(np.median([8, 4, 2, 1]))
     assert table.loc["dense", "tokens_per_s_q75"] == pytest.approx(np.quantile([8, 4, 2, 1], 0.75))
-    assert table.loc["pruned", "seconds"] == 1.5
+    assert table.loc["pruned", "seconds"] == 1.5 and table.loc["pruned", "median_step"] == 1.5 / 8
     one = summarise_speed(samples[samples["pair"] == 0]).set_index("model").loc["pruned"]
     assert (one["speedup"], one["speedup_low"], one["speedup_high"]) == (2, 0, np.inf)
 
