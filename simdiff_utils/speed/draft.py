@@ -58,7 +58,8 @@ def measure_draft(
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=n_new_tokens,
-        pad_token_id=-1,  # no token: one that stands in the text would be masked
+        use_cache=True,
+        pad_token_id=len(dense.get_input_embeddings().weight),  # no token: one in the text would be masked
         num_assistant_tokens=n_drafted,
         num_assistant_tokens_schedule="constant",  # always as many, however sure the draft is
         assistant_confidence_threshold=0.0,

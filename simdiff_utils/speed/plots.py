@@ -4,13 +4,73 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from simdiff_utils.style import look, shared_legend
+from simdiff_utils.style import look, note, plain_log_axis, shared_legend
 
 _PARTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"]
 _MARKS = "osD^vP"
 _REST, _DARK = "#BBBBBB", "#333333"
 _BAR = dict(height=0.6, edgecolor="white")
+
+
+_GAINS = {"gib": "weights, GiB", "params": "parameters", "decode_speedup": "decode speedup, by the bound"}
+
+
+def plot_gains(
+    gained: pd.DataFrame, comparison: pd.DataFrame, target: tuple[str, float, bool] | None
+) -> Figure:
+    """Quality lost against what is gained, a point for each K: perplexity over dense, above size and above
+    speed.
+
+    Args:
+        gained: of `target.gains`, K = 0 among them.
+        comparison: rows of `criterion.stage.compare`; a line for each criterion.
+        target: quantity, bound and whether it is in units of the dense model, drawn in; None: there is none.
+    """
+    quantity, bound, relative = target or ("", 0.0, False)
+    size = "params" if quantity == "params" else "gib"
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
+    by_k = gained.set_index("n_remove")
+    for axis, name in zip(axes, (size, "decode_speedup"), strict=True):
+        for criterion, line in comparison.groupby("criterion", sort=False):
+            line = line.sort_values("n_remove")
+            x = [by_k.loc[0, name], *by_k.loc[line["n_remove"], name]]
+            axis.plot(x, [1, *line["ratio"]], **look(criterion, ms=6, lw=1.5))
+            for k, place in zip(line["n_remove"], zip(x[1:], line["ratio"], strict=True), strict=True):
+                note(axis, f"K={k}", place, (5, 4), fontsize=8)
+        if quantity == name:
+            at = bound * (by_k.loc[0, name] if relative and name != "decode_speedup" else 1)
+            axis.axvline(at, color=_DARK, ls="--", lw=1.2, label="target")
+        if quantity == "perplexity" and relative:
+            axis.axhline(bound, color=_DARK, ls="--", lw=1.2, label="target")
+        axis.set(xlabel=_GAINS[name], yscale="log")
+    axes[0].invert_xaxis()  # to the right is more gained, in both panels
+    axes[0].set_ylabel("perplexity / dense (log scale)")
+    plain_log_axis(axes[0].yaxis)
+    shared_legend(figure, axes, loc="outside lower center", ncols=4)
+    return figure
+
+
+def plot_drafts(table: pd.DataFrame) -> Figure:
+    """Drafts by K: the share of drafted tokens that the dense model keeps, and its tokens per second with the
+    draft over those alone.
+
+    Args:
+        table: criterion, n_remove, acceptance, speedup; a line for each criterion.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2))
+    for axis, name in zip(axes, ("acceptance", "speedup"), strict=True):
+        for criterion, line in table.groupby("criterion", sort=False):
+            line = line.sort_values("n_remove")
+            axis.plot(line["n_remove"], line[name], **look(criterion, ms=6))
+        axis.set(xlabel="layers that the draft lacks, K", ylim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("drafted tokens accepted")
+    axes[1].set_ylabel("tokens/s over the dense model alone")
+    axes[1].axhline(1, color="#999999", lw=0.8)
+    shared_legend(figure, axes, loc="outside lower center", ncols=4)
+    return figure
 
 
 def plot_speed(samples: pd.DataFrame, ideals: dict[str, float]) -> Figure:

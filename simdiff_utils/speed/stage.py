@@ -16,8 +16,9 @@ from simdiff_utils.files import read_json
 from simdiff_utils.models.checkpoints import hash_checkpoint
 from simdiff_utils.pruning.stage import pruned_checkpoint, removed_layers
 from simdiff_utils.run import Run
-from simdiff_utils.settings import SpeedSettings
+from simdiff_utils.settings import ReportSettings, SpeedSettings
 from simdiff_utils.speed.bound import Work, bound_phases, ideal_seconds, measure_rates
+from simdiff_utils.speed.draft import N_DRAFTED, measure_draft
 from simdiff_utils.speed.generate import PROTOCOLS, Protocol
 from simdiff_utils.speed.memory import measure_peak_memory
 from simdiff_utils.speed.parts import time_parts
@@ -25,6 +26,7 @@ from simdiff_utils.speed.timing import measure_speed, without_layers
 
 ROOM = "simdiff_utils.speed"
 GROUPS = (SpeedSettings,)
+_N_PROMPTS, _PROMPT_LEN, _N_DRAFT_TOKENS = 4, 64, 24
 
 
 def protocols(run: Run) -> list[Protocol]:
@@ -84,6 +86,25 @@ def measure(run: Run) -> Path:
 
     facts = {"pruned": hash_checkpoint(pruned), "seed": run.settings.seed}
     return run.stage("speed", ROOM, GROUPS, make, **facts)
+
+
+def draft(run: Run) -> pd.DataFrame:
+    """The pruned checkpoint as a draft of the dense model, on beginnings of test blocks: see
+    `measure_draft`."""
+    pruned = pruned_checkpoint(run)
+
+    def make(folder: Path) -> dict:
+        dense, exported = (
+            load_model(path, run.settings.speed_dtype) for path in (run.checkpoint.folder, pruned)
+        )
+        prompts = run.blocks("test")[:_N_PROMPTS, :_PROMPT_LEN]
+        measure_draft(dense, {"pruned": exported}, prompts[:1], N_DRAFTED)  # warm
+        table = measure_draft(dense, {"pruned": exported}, prompts, _N_DRAFT_TOKENS)
+        table.to_csv(folder / "draft.csv", index=False)
+        return {"n_drafted": N_DRAFTED}
+
+    facts = {"pruned": hash_checkpoint(pruned)}
+    return pd.read_csv(run.stage("draft", ROOM, (*GROUPS, ReportSettings), make, **facts) / "draft.csv")
 
 
 def _other_sets(run: Run, pruned: Path, n_removed: int) -> list[frozenset[int]]:
