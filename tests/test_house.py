@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "simdiff_utils"
 FILES = sorted(PACKAGE.rglob("*.py"))
-WIDTH, LONGEST, ENTRIES = 110, 260, 20
-CODE_LINES = 7_520  # of the whole package, docstrings, comments and blank lines aside
+WIDTH, LONGEST, ENTRIES = 110, 260, 21
+CODE_LINES = 7_720  # of the package, docstrings, comments and blank lines aside, and the exercises' answers
+ANSWERS = "checks"
 # From the ground up: a module or room may import those that stand before it, and others on its own floor that
 # come before it in the line.
 FLOORS = (
@@ -23,6 +24,7 @@ FLOORS = (
     ("criterion",),
     ("pruning", "comparison"),
     ("recovery", "speed"),
+    ("checks",),
     ("__main__",),
 )
 PLACE = {room: place for place, room in enumerate(room for floor in FLOORS for room in floor)}
@@ -71,7 +73,7 @@ def count_code(path: Path) -> int:
 
 
 def test_the_package_stays_small():
-    assert sum(map(count_code, FILES)) <= CODE_LINES
+    assert sum(count_code(path) for path in FILES if path.parent.name != ANSWERS) <= CODE_LINES
 
 
 def test_the_package_has_few_entries_at_its_top():
