@@ -71,7 +71,7 @@ test: .venv/.installed  ## run all tests: lint, units, every notebook under nbva
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	export SIMDIFF_RUNS="$$scratch/runs" IPYTHONDIR="$$scratch/ipython" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false; \
 	set -x; \
-	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=900 --durations 10 notebooks; \
+	TQDM_DISABLE=1 .venv/bin/python -m pytest --nbval-lax --nbval-cell-timeout=900 --durations 10 notebooks/*.ipynb; \
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/notebooks/test_notebooks.py -n 2 --durations 10
 
 # What a package of the system is missing for is skipped, with the reason printed.
