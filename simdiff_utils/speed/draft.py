@@ -5,12 +5,15 @@ written itself. Greedily the text is the dense model's, whatever the draft: noth
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from simdiff_utils.speed.generate import now
 
@@ -33,6 +36,17 @@ class _Calls:
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says of its own calls of `generate` for a draft."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def measure_draft(
@@ -73,7 +87,7 @@ def measure_draft(
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         for name, draft in {"": None, **drafts}.items():
             started = now(dense.device)
-            with _Calls(dense) as calls:
+            with _quiet(), _Calls(dense) as calls:
                 text = dense.generate(**given, generation_config=greedy, assistant_model=draft)[0]
             seconds = now(dense.device) - started
             if draft is None:

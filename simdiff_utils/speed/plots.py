@@ -37,8 +37,8 @@ def plot_gains(
             line = line.sort_values("n_remove")
             x = [by_k.loc[0, name], *by_k.loc[line["n_remove"], name]]
             axis.plot(x, [1, *line["ratio"]], **look(criterion, ms=6, lw=1.5))
-            for k, place in zip(line["n_remove"], zip(x[1:], line["ratio"], strict=True), strict=True):
-                note(axis, f"K={k}", place, (5, 4), fontsize=8)
+        for k, place in zip(line["n_remove"], zip(x[1:], line["ratio"], strict=True), strict=True):
+            note(axis, f"K={k}", place, (3, -12))
         if quantity == name:
             at = bound * (by_k.loc[0, name] if relative and name != "decode_speedup" else 1)
             axis.axvline(at, color=_DARK, ls="--", lw=1.2, label="target")
@@ -67,7 +67,7 @@ def plot_drafts(table: pd.DataFrame) -> Figure:
         axis.set(xlabel="layers that the draft lacks, K", ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("drafted tokens accepted")
-    axes[1].set_ylabel("tokens/s over the dense model alone")
+    axes[1].set_ylabel("tokens/s over the\ndense model alone")
     axes[1].axhline(1, color="#999999", lw=0.8)
     shared_legend(figure, axes, loc="outside lower center", ncols=4)
     return figure
