@@ -16,7 +16,7 @@ def newest_results(root: Path) -> dict[str, Path]:
     Raises:
         SimDiffError: no notebook has finished under `root`.
     """
-    finished = sorted(root.glob("*/[0-9][0-9]_*/result.json"), key=lambda path: path.stat().st_mtime)
+    finished = sorted(root.glob("*/[0-9][0-9]*_*/result.json"), key=lambda path: path.stat().st_mtime)
     if not finished:
         raise SimDiffError(f"no notebook has finished under {root}; run `make workbook` first.")
     model_folder = finished[-1].parent.parent

@@ -1,51 +1,34 @@
-"""Pictures of notebook 06, all drawn from the tidy rows of `comparison`; every function returns the
-Figure."""
-
-from collections.abc import Iterable
+"""Pictures of notebook 06, drawn from the tidy rows of `comparison`; every function returns the Figure."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from simdiff_utils.comparison.rows import PERPLEXITY
-from simdiff_utils.style import look, note, plain_log_axis, shared_legend
+from simdiff_utils.style import look, plain_log_axis, shared_legend
 
-_SHORT = {PERPLEXITY: "WikiText-2 test perplexity", "AVG": "zero-shot average, acc"}
+_LABEL = "WikiText-2 test perplexity"
 # perplexity drawn at the edge: the order of broken models is not worth the room of the others
 _COLLAPSED = 2000
 _BROKEN = 10  # times the panel's lowest, likewise in the ranking, where intervals are to be seen
-_MAIN = ("cosine", "mssd", "masd", "relative", "portfolio", "sleb")  # drawn thick, with their intervals
-_BESIDE = dict(loc="center left", bbox_to_anchor=(1, 0.5))
+_MAIN = ("cosine", "masd", "relative", "portfolio", "sleb", "floating")  # drawn in colour, with intervals
+_OTHERS = dict(color="#cfcfcf", lw=0.8, marker="", ls="-", zorder=1, label="the other criteria")
 
 
-def plot_ranking(rows: pd.DataFrame) -> Figure:
-    """Perplexity of every criterion as a point with its 95 % interval, a panel for each model and number of
-    layers removed.
-
-    Criteria are ordered by their mean log-perplexity over the panels, best on top. Hollow: the very set that
-    ShortGPT removes.
-    """
-    rows = rows[rows["metric"] == PERPLEXITY]
-    pruned, criteria = rows[rows["n_remove"] > 0], _order(rows)
-    n_models, n_columns = rows["model"].nunique(), max(pruned.groupby("model")["n_remove"].nunique())
-    size = (3.1 * n_columns + 1.5, n_models * (1.0 + 0.24 * len(criteria)))
-    figure, axes = plt.subplots(n_models, n_columns, figsize=size, sharey=True, squeeze=False)
-    for axis in axes.flat:
-        axis.set_visible(False)
-    places = {model: iter(line) for model, line in zip(rows["model"].unique(), axes, strict=True)}
-    for (model, n_remove), panel in pruned.groupby(["model", "n_remove"], sort=False):
-        axis = next(places[model])
-        axis.set_visible(True)
-        dense = rows.loc[(rows["model"] == model) & (rows["n_remove"] == 0), "value"].iloc[0]
-        axis.axvline(dense, color=look("dense")["color"], ls=":", lw=1.2)
-        _rank(axis, panel, criteria)
-        axis.set_title(f"{_brief(model)}\n{n_remove} layers removed", fontsize=10)
-    meaning = "bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set"
-    edge = f"at the right edge: above {_BROKEN} times the lowest"
-    figure.supxlabel(f"{_SHORT[PERPLEXITY]} (log scale); {meaning}; {edge}", fontsize=10)
+def plot_ranking(rows: pd.DataFrame, model: str, n_remove: int) -> Figure:
+    """Perplexity of every criterion on one model at one number of layers, as a point with its 95 % interval,
+    best on top. Hollow: the very set that ShortGPT removes."""
+    rows = rows[(rows["metric"] == PERPLEXITY) & (rows["model"] == model)]
+    panel, dense = rows[rows["n_remove"] == n_remove], rows[rows["n_remove"] == 0]["value"].iloc[0]
+    order = list(panel.groupby("criterion")["value"].median().sort_values(kind="stable").index)
+    figure, axis = plt.subplots(figsize=(8, 1.0 + 0.26 * len(order)))
+    axis.axvline(dense, color=look("dense")["color"], ls=":", lw=1.2, label="dense")
+    _rank(axis, panel, order)
+    axis.set_title(f"{_brief(model)}, {n_remove} layers removed")
+    beyond = f"at the right edge: above {_BROKEN} times the lowest"
+    axis.set_xlabel(f"{_LABEL}; bars: 95 % interval; dotted: dense;\nhollow: ShortGPT's own set; {beyond}")
     return figure
 
 
@@ -67,97 +50,71 @@ def _rank(axis: Axes, panel: pd.DataFrame, criteria: list[str]) -> None:
     axis.set_ylim(len(criteria) - 0.5, -0.5)
 
 
-def plot_over_layers(rows: pd.DataFrame, criteria: Iterable[str], metric: str = PERPLEXITY) -> Figure:
-    """A metric (perplexity or "AVG") over the number of layers removed, a line per criterion that has it
-    (random: the median draw), the dense model at 0, bands of 95 % about the main criteria; the paper's
-    Figures 1 and 5."""
-    figure, panels = _panels(rows[rows["metric"] == metric])
+def plot_over_layers(rows: pd.DataFrame) -> Figure:
+    """Perplexity over the number of layers removed, a panel a model, the dense model at 0; the main criteria
+    in colour with bands of 95 %, all others (random: the median draw) in grey; the paper's Figures 1 and
+    5."""
+    figure, panels = _panels(rows[rows["metric"] == PERPLEXITY])
     for axis, here in panels:
         dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
-        for name in criteria:
+        for name in dict.fromkeys(here["criterion"]):
             its = here[here["criterion"].isin([name, "dense"])]
             line = its.groupby("n_remove")[["value", "low", "high"]].median()
             if len(line) > 1:
-                thick = dict(ms=7, lw=2) if name in _MAIN else dict(ms=5, lw=1)
-                own = look(name, **thick, mfc="white" if name == "cosine" else None)
+                own = look(name, ms=6, lw=1.8) if name in _MAIN else _OTHERS
                 axis.plot(line["value"], **own)
                 if name in _MAIN:
                     band = dict(color=own["color"], alpha=0.1, lw=0)
                     axis.fill_between(line.index, line["low"], line["high"], **band)
-        axis.set(xlabel="layers removed, K", ylabel=_SHORT[metric])
-        if metric == PERPLEXITY:
-            axis.set(yscale="log", ylim=(0.8 * dense, min(_COLLAPSED, 1.3 * here["value"].max())))
-            plain_log_axis(axis.yaxis)
-        else:
-            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set(xlabel="layers removed, K", ylabel=_LABEL)
+        axis.set(yscale="log", ylim=(0.8 * dense, min(_COLLAPSED, 1.3 * here["value"].max())))
+        plain_log_axis(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    shared_legend(axis, [axis], **_BESIDE)
+    shared_legend(figure, [axis for axis, _ in panels], loc="outside lower center", ncols=4)
     return figure
 
 
-def plot_cost(rows: pd.DataFrame) -> Figure:
-    """What finding the set costs against what it is worth: passes over text, and the log of perplexity over
-    dense; criteria measured at every K."""
-    figure, panels = _panels(rows)
+def plot_reproduction(rows: pd.DataFrame, published: pd.DataFrame, siblings: dict[str, str]) -> Figure:
+    """Perplexity over the number of layers removed, as in the paper's Figure 5: measured on models that are
+    to be had (lines), beside what the paper reports of their siblings (crosses).
+
+    Args:
+        rows: tidy rows of those models.
+        published: source, model, criterion, n_remove, metric, value.
+        siblings: published model -> how the label of the one measured begins.
+    """
+    figure, panels = _panels(rows[rows["metric"] == PERPLEXITY])
     for axis, here in panels:
-        wide = here.pivot_table("value", ["criterion", "n_remove"], "metric", aggfunc="median")
-        dense = wide.loc[("dense", 0), PERPLEXITY]
-        lost = np.log(wide[PERPLEXITY] / dense)[wide["passes"].notna()]
-        measured = lost.groupby("criterion").size()
-        for name in dict.fromkeys(here["criterion"]):
-            if measured.get(name, 0) == measured.max():  # a mean over fewer K would flatter
-                passes, own = wide.loc[name, "passes"].loc[lost[name].index], look(name)
-                axis.plot(passes.mean(), lost[name].mean(), **own | dict(ls="", ms=9))
-                axis.plot(passes, lost[name], ls=own["ls"], lw=0.6, color=own["color"], alpha=0.5)
-        axis.set(xlabel="passes over calibration or validation text", xlim=(-0.2, None))
-        axis.set_xscale("symlog", linthresh=1)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set(ylabel="ln(perplexity / dense), mean over K", yscale="log")
-        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    shared_legend(axis, [each for each, _ in panels], **_BESIDE)
+        dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
+        for name in [name for name in _MAIN if name in set(here["criterion"])]:
+            line = (
+                here[here["criterion"].isin([name, "dense"])]
+                .groupby("n_remove")[["value", "low", "high"]]
+                .first()
+            )
+            own = look(name, ms=6, lw=1.8)
+            axis.plot(line["value"], **own)
+            axis.fill_between(line.index, line["low"], line["high"], color=own["color"], alpha=0.1, lw=0)
+        (theirs,) = [name for name, label in siblings.items() if here["model"].iloc[0].startswith(label)]
+        said = published[(published["model"] == theirs) & (published["metric"] == PERPLEXITY)]
+        for name in ("cosine", "masd"):
+            its, own = said[said["criterion"] == name], look(name)
+            label = f"{own['label']}, {theirs.rpartition('/')[2]} (published)"
+            axis.plot(its["n_remove"], its["value"], "x", color=own["color"], ms=8, mew=2, label=label)
+        axis.set(xlabel="layers removed, K", ylabel=_LABEL, yscale="log", ylim=(0.8 * dense, None))
+        plain_log_axis(axis.yaxis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shared_legend(figure, [axis for axis, _ in panels], loc="outside lower center", ncols=3)
     return figure
 
 
-def plot_disagreement(rows: pd.DataFrame) -> Figure:
-    """Zero-shot average against perplexity: if the two ordered the sets alike, the points would fall from
-    left to right."""
-    first = rows[rows["seed"] == 0]
-    keys = ["model", "criterion", "n_remove"]
-    both = first[first["metric"] == "AVG"].merge(
-        first.loc[first["metric"] == PERPLEXITY, [*keys, "value"]], on=keys, suffixes=("", "_perplexity")
-    )
-    figure, panels = _panels(both, height=3.6)
-    for axis, here in panels:
-        for row in here.itertuples():
-            place = (row.value_perplexity, row.value)
-            axis.errorbar(*place, yerr=1.96 * row.stderr, **look(row.criterion, ls="", ms=8, capsize=2))
-            note(axis, f"K={row.n_remove}", place, (6, 4))
-        axis.set(xscale="log", xlabel=_SHORT[PERPLEXITY] + " (log scale)", ylabel=_SHORT["AVG"])
-        plain_log_axis(axis.xaxis)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    shared_legend(axis, [axis], **_BESIDE)
-    return figure
-
-
-def _panels(rows: pd.DataFrame, height: float = 4) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+def _panels(rows: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel for each model: its axis, entitled, and its rows."""
     models = rows["model"].unique()
-    size = (5 * len(models) + 2.5, height)
-    figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4.4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         axis.set_title(_brief(model))
     return figure, [(axis, rows[rows["model"] == model]) for axis, model in zip(axes[0], models, strict=True)]
-
-
-def _order(rows: pd.DataFrame) -> list[str]:
-    """Criteria by their mean log-perplexity over models and numbers of layers, best first; less the mean of
-    each such panel, or one that was not measured in the worst of them would seem better."""
-    cells = rows[rows["n_remove"] > 0].assign(cell=lambda r: np.log(r["value"]))
-    cells = cells.groupby(["model", "n_remove", "criterion"])["cell"].median().reset_index()
-    cells["cell"] -= cells.groupby(["model", "n_remove"])["cell"].transform("mean")
-    return list(cells.groupby("criterion", sort=False)["cell"].mean().sort_values(kind="stable").index)
 
 
 def _brief(model: str) -> str:

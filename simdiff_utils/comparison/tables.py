@@ -1,18 +1,24 @@
 """What the rows of a comparison say, as tables."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
+from pandas.io.formats.style import Styler
 
 from simdiff_utils import SimDiffError, registry
 from simdiff_utils.comparison.rows import COLUMNS, PERPLEXITY
 from simdiff_utils.criterion.race import verdict
 from simdiff_utils.files import repository_root
+from simdiff_utils.style import NAMES
 
 ROWS = "06_comparison.csv"  # in figures/: what the workbook has measured
 _REPOSITORY = repository_root(Path(__file__).parent)  # wherever the notebook that asks is run
+SIBLINGS = {  # the paper's model -> what can be had: same shape, trained on from it with code, four bits
+    "Qwen/Qwen2.5-0.5B": "Qwen2.5-Coder-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B": "Qwen2.5-Coder-1.5B-Instruct",
+}
 _SET = ["model", "n_remove", "criterion"]
 
 
@@ -73,36 +79,70 @@ def compare_with_shortgpt(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def rank_agreement(rows: pd.DataFrame) -> pd.DataFrame:
-    """Whether perplexity and zero-shot average order the sets alike, at each K and over all.
+def show_verdicts(verdicts: pd.DataFrame) -> Styler:
+    """Perplexity, verdict and ratio to ShortGPT with its interval: a row a criterion, a column a cell.
 
-    Returns:
-        one row per (model, n_remove; "all"): n_sets (distinct, dense not among them), kendall_tau of accuracy
-        and falling perplexity (1: the same order; NaN for a single set).
+    Args:
+        verdicts: of `compare_with_shortgpt`.
     """
-    columns = ["model", "n_remove", "n_sets", "kendall_tau"]
-    first = rows[(rows["seed"] == 0) & (rows["n_remove"] > 0)]
-    first = first.assign(removed=first["removed"].map(tuple))
-    wide = first.pivot_table(index=["model", "n_remove", "removed"], columns="metric", values="value")
-    if "AVG" not in wide:
-        return pd.DataFrame(columns=columns)
-    wide = wide.dropna(subset=["AVG"]).reset_index()
-    whole = [((model, "all"), part) for model, part in wide.groupby("model")]
-    table = []
-    for (model, n_remove), part in [*wide.groupby(["model", "n_remove"]), *whole]:
-        tau = float(stats.kendalltau(part["AVG"], -part[PERPLEXITY]).statistic)
-        table.append((model, n_remove, len(part), tau))
-    return pd.DataFrame(table, columns=columns)
+
+    def words(row: object) -> str:
+        number = f"{row.perplexity:,.1f}" if row.perplexity < 1e4 else f"{row.perplexity:.0e}"
+        ratio = f" ({row.ratio:.2f}, {row.low:.2f} to {row.high:.2f})"
+        told = "" if row.verdict == "same set" or row.ratio >= 100 else ratio
+        return f"{number} · {row.verdict}{told}"
+
+    cells = verdicts.assign(
+        words=[words(row) for row in verdicts.itertuples()],
+        model=[model.split(",")[0] for model in verdicts["model"]],
+    )
+    wide = cells.pivot_table(
+        index="criterion", columns=["model", "n_remove"], values="words", aggfunc="first", sort=False
+    )
+    return wide.rename(index=NAMES).fillna("").style
+
+
+def show_published(published: pd.DataFrame, sources: Iterable[str]) -> Styler:
+    """Published cells of some tables of the paper, each beside what was measured here of the model itself or
+    of its sibling.
+
+    Args:
+        published: of `beside_published`.
+    """
+    cells = published[published["source"].isin(list(sources))].fillna({"note": ""})
+    cells = cells[cells["n_remove"].notna()].astype({"n_remove": int})
+    words = []
+    for row in cells.itertuples():
+        found = row.measured if pd.notna(row.measured) else row.sibling
+        words.append(f"{row.value:g} / " + ("" if pd.isna(found) else f"{found:.1f}"))
+    by = [NAMES.get(name, name) for name in cells["criterion"]]
+    cells = cells.assign(words=words, by=by)
+    index = ["source", "model", "n_remove", "by"]
+    wide = cells.pivot_table(index=index, columns="metric", values="words", aggfunc="first", sort=False)
+    return wide.fillna("").style
+
+
+def reproduction_rows() -> pd.DataFrame:
+    """The workbook's own measurements on siblings of the paper's models (benchmarks/reproduction.py)."""
+    path = _REPOSITORY / "benchmarks" / "results" / "reproduction.csv"
+    return pd.read_csv(path, comment="#") if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
 def beside_published(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper's published numbers, each with what was measured of the same model, criterion, K and metric;
-    else NaN."""
+    """The paper's published numbers, each with what was measured of the same criterion, K and metric, NaN
+    where nobody did: `measured` on the same model, `sibling` on the one that `SIBLINGS` names."""
     table = pd.read_csv(_REPOSITORY / "notebooks" / "published.csv")
     keys = ["model", "criterion", "n_remove", "metric"]
-    mine = rows[rows["seed"] == 0].drop_duplicates(keys).set_index(keys)["value"]
-    percent = {"AVG": 100}  # as the paper gives it
-    table["measured"] = [
-        mine.get(tuple(key), float("nan")) * percent.get(key[3], 1) for key in table[keys].to_numpy()
+    siblings = reproduction_rows()
+    theirs = {label: name for name, label in SIBLINGS.items()}
+    siblings["model"] = [
+        next((name for label, name in theirs.items() if model.startswith(label)), model)
+        for model in siblings["model"]
     ]
+    percent = {"AVG": 100}  # as the paper gives it
+    for column, found in (("measured", rows), ("sibling", siblings)):
+        mine = found[found["seed"] == 0].drop_duplicates(keys).set_index(keys)["value"]
+        table[column] = [
+            mine.get(tuple(key), float("nan")) * percent.get(key[3], 1) for key in table[keys].to_numpy()
+        ]
     return table

@@ -31,6 +31,7 @@ class LazyGreedy:
         order: layers in the order of removal: the first k are the answer for k.
         estimates: by layer that is left, the increment of the mean loss last measured, on the first slice.
         asked: the sets whose losses were asked for.
+        n_asked: how many these were after each step.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LazyGreedy:
         self.order: list[int] = []
         self.estimates: dict[int, float] = {}
         self.asked: set[Removed] = {frozenset()}
+        self.n_asked: list[int] = []
         self._evaluator, self._batch = evaluator, batch
         self._slice = None if race.get("exact") else evaluator.first_slice()
         for step in range(n_remove):
@@ -56,6 +58,7 @@ class LazyGreedy:
             (best,) = evaluator.race(raced, **race).winners[step] - {*self.order}
             self.estimates.pop(best)
             self.order.append(best)
+            self.n_asked.append(len(self.asked))
 
     def _measure(self, left: list[int]) -> dict[int, float]:
         """Increments of the most promising layers, as many as it takes."""

@@ -1,16 +1,18 @@
 """Pictures of notebook 02; every function returns the Figure."""
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from simdiff_utils.capture.statistics import STATISTICS, LayerStatistics
+from simdiff_utils.criterion.alpha import trace_path
 from simdiff_utils.criterion.equations import fuse, normalise, normalise_difference, normalise_similarity
-from simdiff_utils.style import layer_axis, look, note, plain_log_axis
+from simdiff_utils.style import layer_axis, look, note, plain_log_axis, shared_legend
 
 _DARK = "#333333"
 _STAR = dict(marker="*", ls="", color="white", mec="black")
@@ -29,23 +31,6 @@ def plot_normalised(table: pd.DataFrame) -> Figure:
     axis.set(ylabel="normalised importance", ylim=(-0.04, 1.08))
     layer_axis(axis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def plot_sinks(captured: LayerStatistics) -> Figure:
-    """Share of each layer's MSSD that position 0 holds, and that the 0.1 % of tokens with the largest update
-    hold."""
-    mssd = captured.by_position[STATISTICS.index("mssd")]
-    n_layers, seq_len = mssd.shape
-    figure, axis = plt.subplots()
-    layers = np.arange(n_layers)
-    axis.bar(layers, captured.top_mssd, color="#bbbbbb", label="top 0.1 % of tokens, wherever they are")
-    axis.plot(layers, mssd[:, 0] / mssd.sum(1), **look("mssd", ls="", label="position 0"))
-    equal = f"one position of {seq_len}, if all were equal"
-    axis.axhline(1 / seq_len, ls="--", lw=1, color=_DARK, label=equal)
-    axis.set(ylabel="share of the layer's MSSD", ylim=(0, None))
-    layer_axis(axis)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -76,25 +61,66 @@ def plot_plane(table: pd.DataFrame, criterion: str, n_remove: int, alphas: list[
 
 
 def plot_lines(table: pd.DataFrame, criterion: str, n_remove: int, highest_alpha: float = 1.0) -> Figure:
-    """Importance of every layer over alpha: straight lines. Thick: the border above which layers stay.
+    """Importance of every layer over alpha: straight lines. The layers below the thick border go.
 
-    Wherever the chosen set changes the border has a kink; it has others, where two of the layers that go
-    change places. What all lines have in common, alpha times the smallest I_diff, is taken off: it changes no
-    rank, and they come apart.
+    Dotted: where the chosen set changes, with the layer that goes from there on (+) and the one that stays
+    again (-); their lines are coloured. What all lines have in common, alpha times the smallest I_diff, is
+    taken off: it changes no rank, and they come apart.
     """
     i_sim, i_diff = normalise(table, criterion)
+    path = trace_path(i_sim, i_diff)
+    path = path[(path["n_remove"] == n_remove) & ~path["degenerate"] & (path["low"] < highest_alpha)]
     alphas = np.linspace(0, highest_alpha, 801)
     scores = np.array([fuse(i_sim, i_diff - i_diff.min(), alpha) for alpha in alphas])  # [n_alphas, n_layers]
-    ranked, own = np.sort(scores, 1), look(criterion)
-    figure, axis = plt.subplots(figsize=(7.5, 3.1))
-    axis.plot(alphas, scores, color="#999999", lw=0.8)
-    for layer_idx, score in enumerate(scores[-1]):
-        note(axis, layer_idx, (alphas[-1], score), (3, -3), fontsize=7)
-    axis.plot(alphas, ranked[:, n_remove - 1], color=own["color"], lw=2.5)
-    top = ranked[:, min(n_remove + 5, len(i_sim) - 1)].max()
-    axis.set(xlabel="α", ylabel="I − α · smallest I_diff", xlim=(0, highest_alpha))
-    axis.set(ylim=(scores.min() - 0.02 * top, 1.05 * top))
+    border, own = np.sort(scores, 1)[:, n_remove - 1], look(criterion)
+    figure, axis = plt.subplots(figsize=(8.5, 3.8))
+    axis.plot(alphas, scores, color="#c8c8c8", lw=0.8)
+    thick = dict(color=own["color"], lw=5, alpha=0.45, zorder=3)
+    axis.plot(alphas, border, **thick, label=f"place {n_remove} of the ranking: the border")
+    top = 1.6 * border.max()
+    shown = set()
+    for before, after in pairwise(path.itertuples()):
+        goes, stays = set(after.removed) - set(before.removed), set(before.removed) - set(after.removed)
+        axis.axvline(after.low, color=_DARK, ls=":", lw=1)
+        words = "".join(f"+{i} " for i in sorted(goes)) + "".join(f"−{i} " for i in sorted(stays))
+        note(axis, words.strip(), (after.low, top), (2, -9), color=_DARK, rotation=90, va="top")
+        shown |= goes | stays
+    for colour, layer_idx in zip(plt.get_cmap("tab10").colors, sorted(shown), strict=False):
+        axis.plot(alphas, scores[:, layer_idx], color=colour, lw=1.3, label=f"layer {layer_idx}")
+    axis.set(xlabel="α", ylabel="importance\n(less α · smallest I_diff)", xlim=(0, highest_alpha))
+    axis.set(ylim=(scores.min() - 0.02 * top, top))
     axis.set_title(f"{own['label']}: the {n_remove} layers on and below the thick line go")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return figure
+
+
+def plot_chain(chain: pd.DataFrame, choices: pd.DataFrame, dense: float) -> Figure:
+    """A search that removes one layer after another: perplexity over K, and what it has cost by then; beside
+    it criteria that choose each K anew.
+
+    Args:
+        chain: of `stage.chain`.
+        choices: rows of `stage.choices`; a line for each criterion.
+        dense: perplexity of the dense model.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    own = look("sleb", label="lazy greedy chain")
+    axes[0].plot(chain["n_remove"], chain["perplexity"], **own)
+    for row in chain.iloc[1:].itertuples():
+        note(axes[0], row.layer_idx, (row.n_remove, row.perplexity), (2, -11), color=_DARK)
+    axes[1].plot(chain["n_remove"], chain["n_asked"], **own)
+    for criterion, rows in choices.groupby("criterion", sort=False):
+        its = look(criterion)
+        axes[0].plot([0, *rows["n_remove"]], [dense, *rows["validation_perplexity"]], **its)
+        axes[1].plot(rows["n_remove"], rows["n_evaluations"], **its)
+    axes[0].set(ylabel="validation perplexity (log scale)", yscale="log")
+    plain_log_axis(axes[0].yaxis)
+    axes[0].set_title("numbers: the layer that this step removes", fontsize=10)
+    axes[1].set(ylabel="sets evaluated, in all", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("layers removed, K")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shared_legend(figure, axes, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -120,7 +146,7 @@ def plot_alpha_map(path: pd.DataFrame, criterion: str, best: pd.DataFrame) -> Fi
     axis.set(ylabel="layers removed, K", ylim=(path["n_remove"].max() + 0.5, 0.5))
     axis.set_title(f"{look(criterion)['label']}: {len(path)} sets in all, one cell each", loc="left")
     axis.grid(False)
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MultipleLocator(2))
     figure.colorbar(shades, ax=axis, label="layers that differ from ShortGPT's set")
     if len(found):
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
@@ -149,9 +175,9 @@ def plot_steps(steps: pd.DataFrame, probes: pd.DataFrame, criterion: str, n_remo
     axis.plot((best["low"] + best["high"]) / 2, best["perplexity"], **_STAR, ms=16, label=label)
     _alpha_axis(axis)
     axis.set(xlabel="α (cube-root axis)", xlim=np.power((-0.02, 1.02), 3))
-    axis.set(ylabel="validation perplexity (log scale)", yscale="log")
+    axis.set(ylabel="validation perplexity", yscale="log")
     counted = f"{len(steps)} sets in all, {len(probes)} probes of the ternary search"
-    axis.set_title(f"{own['label']}, {n_remove} layers removed: {counted}")
+    axis.set_title(f"{own['label']}, {n_remove} layers removed: {counted}", fontsize=11)
     plain_log_axis(axis.yaxis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

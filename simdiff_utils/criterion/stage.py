@@ -10,6 +10,7 @@ import pandas as pd
 from simdiff_utils import SimDiffError, registry, require
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.criterion.candidates import Candidate, Evidence
+from simdiff_utils.criterion.floating import LazyGreedy
 from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator, verdict
@@ -160,6 +161,26 @@ def steps(run: Run, criterion: str, n_remove: int) -> pd.DataFrame:
     low, high = np.array([perplexity_interval(values) for values in found]).T
     return path.assign(
         perplexity=[perplexity(values) for values in found], perplexity_low=low, perplexity_high=high
+    )
+
+
+def chain(run: Run, n_remove: int) -> pd.DataFrame:
+    """The lazy greedy search on the validation split, step by step.
+
+    Returns:
+        one row per K, 0 to n_remove: n_remove, layer_idx (that this step removes; -1 for the dense model),
+        perplexity of the set on all validation blocks, n_asked (sets whose losses were asked for so far).
+    """
+    measured, s = evaluator(run, "validation"), run.settings
+    found = LazyGreedy(measured, n_remove, evidence(run).cuts, confidence=s.confidence, exact=s.exact)
+    sets = [frozenset(found.order[:k]) for k in range(n_remove + 1)]
+    return pd.DataFrame(
+        {
+            "n_remove": range(n_remove + 1),
+            "layer_idx": [-1, *found.order],
+            "perplexity": [perplexity(values) for values in measured.losses(sets)],
+            "n_asked": [1, *found.n_asked],
+        }
     )
 
 

@@ -154,9 +154,3 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-
-
-def count_parameters(hub_id: str) -> int:
-    """Parameters of one of `PAPER_MODELS`, counted on its real architecture without memory (meta device)."""
-    model = skeleton(paper_config(hub_id))
-    return sum(p.numel() for p in model.parameters())  # a tied matrix counts once

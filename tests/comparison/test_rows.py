@@ -13,12 +13,7 @@ from benchmarks.comparison import read_ledger, write_ledger
 from simdiff_utils import SimDiffError
 from simdiff_utils.comparison import rows as comparison
 from simdiff_utils.comparison.rows import PERPLEXITY, chosen_sets, measure, windows
-from simdiff_utils.comparison.tables import (
-    compare_with_shortgpt,
-    describe_criteria,
-    rank_agreement,
-    stored_rows,
-)
+from simdiff_utils.comparison.tables import compare_with_shortgpt, describe_criteria, stored_rows
 from simdiff_utils.comparison.tasks.evaluate import evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
 from simdiff_utils.comparison.tasks.suites import SUITES
@@ -277,18 +272,3 @@ def test_a_difference_is_one_only_outside_its_interval():
         "no difference shown",
         "worse",
     ]
-
-
-def test_agreement_counts_distinct_sets_once():
-    rows = make_rows(
-        [
-            ("cosine", 2, [1, 2], 50, 1, 1, 1, 0.40),
-            ("mssd", 2, [1, 2], 50, 1, 1, 1, 0.40),
-            ("masd", 2, [0, 2], 40, 1, 1, 1, 0.35),
-            ("sleb", 2, [3, 4], 30, 1, 1, 1, 0.45),
-        ]
-    )
-    table = rank_agreement(rows).set_index("n_remove")
-    assert table.loc[2, "n_sets"] == table.loc["all", "n_sets"] == 3
-    assert table.loc[2, "kendall_tau"] == pytest.approx(1 / 3)  # of three pairs two agree
-    assert rank_agreement(rows[rows["metric"] != "AVG"]).empty

@@ -82,6 +82,7 @@ def test_the_evaluations_of_the_lazy_search_are_counted_by_hand():
     assert found.order == [0, 1, 2, 3]
     assert len(table.evaluated) == 1 + N + 3 * 2  # dense; each alone; then two a step
     assert found.estimates == {i: i + 1 for i in range(4, N)}
+    assert found.n_asked == [1 + N, 3 + N, 5 + N, 7 + N]
 
 
 def test_where_an_increment_falls_the_lazy_search_may_pass_a_layer_over():

@@ -65,7 +65,8 @@ def test_the_readme_and_the_start_page_name_every_lesson_with_its_minutes():
     ]
     for row in lessons.itertuples():
         (line,) = [line for line in readme.splitlines() if f"(notebooks/{row.lesson}.ipynb) |" in line]
-        assert f"[{row.lesson[:2]} · {row.title}]" in line and row.question in line
+        number = row.lesson.partition("_")[0]
+        assert f"[{number} · {row.title}]" in line and row.question in line
         assert (
             f" {row.seconds} s" in line
             and f" {row.peak_gib} GiB |" in line
