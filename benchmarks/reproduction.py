@@ -2,6 +2,7 @@
 
     python -m benchmarks.reproduction 0.5b --data ../shared/data [--grid 8 12] [--windows 32] [--samples 32]
                                            [--seq-len 2048] [--validation 2] [--tasks 8 12]
+                                           [--text embedded:wikipedia]
 
 Not the paper's models but their siblings: same shape, trained on from the same base with code, instruct-
 tuned, 4 bits. Calibrated as published, on WikiText-2's training split (from the data folder in its tokens
@@ -115,6 +116,9 @@ def main() -> None:
     parser.add_argument(
         "--data", default="", help="folder with wikitext2/ and the tasks' rows; empty: the hub"
     )
+    parser.add_argument(
+        "--text", default="", help="that chooses the sets; empty: WikiText-2's training split, as published"
+    )
     parser.add_argument("--grid", type=int, nargs="*", default=GRID, help="numbers of layers to remove")
     parser.add_argument("--criteria", nargs="+", default=CRITERIA)
     parser.add_argument("--windows", type=int, default=32, help="of 2,048 tokens of the test split")
@@ -126,7 +130,7 @@ def main() -> None:
     given = parser.parse_args()
     settings = Settings(
         model=MODELS[given.model],
-        text=calibration_text(given.data),
+        text=given.text or calibration_text(given.data),
         dtype=given.dtype,
         batch_size=1 if given.seq_len > 1024 else 4,
         n_samples=given.samples,
@@ -165,6 +169,7 @@ def main() -> None:
     command = f"python -m benchmarks.reproduction {given.model} --grid {' '.join(map(str, given.grid))}"
     command += f" --windows {given.windows} --samples {given.samples} --seq-len {given.seq_len}"
     command += f" --validation {given.validation} --dtype {given.dtype}"
+    command += f" --text {given.text}" if given.text else ""
     model = run.checkpoint.label
     for name, table in (
         ("reproduction.csv", rows),

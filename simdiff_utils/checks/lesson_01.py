@@ -30,6 +30,7 @@ cosine_distance = Exercise(
             lambda a, b: 1 - torch.cosine_similarity(a.mean(0), b.mean(0), dim=-1),
             "you took one cosine of the mean states; take the cosine of each token, then the mean.",
         ),
+        (lambda a, b: 1 - _cosine(a, b).sum(), "take the mean over tokens, not the sum."),
         (lambda a, b: 1 - (a * b).sum(-1).mean(), "the vectors are not divided by their lengths."),
     ],
     why="A layer that only lengthens the state has distance 0: the angle does not see it.",
@@ -43,6 +44,7 @@ mssd = Exercise(
             lambda a, b: (b - a).square().mean(),
             "you took the mean over the D numbers; Eq. 3 takes their sum, and the mean over tokens only.",
         ),
+        (lambda a, b: (b - a).square().sum(-1), "the tokens are still there: take the mean over them."),
         (lambda a, b: (b - a).square().sum(), "the sum runs over tokens as well; take the mean over them."),
         (lambda a, b: (b - a).norm(dim=-1).mean(), "this is the mean length; Eq. 3 squares it."),
         (
@@ -68,6 +70,7 @@ masd = Exercise(
             lambda a, b: (b - a).mean().abs(),
             "you took the mean before the absolute value: plus and minus cancel.",
         ),
+        (lambda a, b: (b - a).norm(dim=-1).mean(), "this is the mean length; MASD takes absolute values."),
         (lambda a, b: (b - a).mean(), "without the absolute value plus and minus cancel."),
         (
             lambda a, b: (b.abs() - a.abs()).mean(),

@@ -6,7 +6,11 @@ import numpy as np
 
 from simdiff_utils.checks import Exercise
 
-_IMPORTANCE = [(np.array([0.4, 0.1, 0.3, 0.2, 0.9]), 2), (np.array([0.5, 0.5, 0.1, 0.5]), 2)]
+_IMPORTANCE = [
+    (np.array([0.4, 0.1, 0.3, 0.2, 0.9]), 2),
+    (np.array([0.5, 0.5, 0.1, 0.5]), 2),
+    (np.array([0.3, 0.1] * 20), 27),  # many ties: an unstable sort mixes them up
+]
 
 
 def _order(importance: np.ndarray) -> np.ndarray:
@@ -40,7 +44,7 @@ def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
 # two layers, each (I_sim, I_diff): the alpha at which they are equally important
 crossing = Exercise(
     right=_crossing,
-    cases=[((0.1, 0.9), (0.3, 0.6)), ((0.02, 0.8), (0.05, 0.55))],
+    cases=[((0.1, 0.9), (0.3, 0.6)), ((0.02, 0.8), (0.05, 0.55)), ((0.1, 0.5), (0.2, 0.9))],
     mistakes=[
         (
             lambda a, b: -_crossing(a, b),
@@ -67,10 +71,11 @@ saturated_from = Exercise(
         (lambda: 17, "that is where float32 saturates (16.6); the package computes in float64."),
         (lambda: 16, "exp(-x) has to fall below half the spacing of floats at 1, which is about 1e-16."),
         (lambda: 7, "that is where bfloat16 saturates."),
+        (lambda: 6, "that is where bfloat16 saturates."),
         (lambda: 746, "exp underflows there, far above: the 1 that is added swallows it long before."),
         (lambda: 36, "close: at 36 one bit still differs."),
     ],
-    why="MSSD is a sum over hundreds of numbers. Above 37 it no longer tells layers apart.",
+    why="MSSD is a sum over hundreds of numbers. From 37 on it no longer tells layers apart.",
 )
 
 # how many evaluations does Algorithm 1 make until the interval is no longer than 0.01?

@@ -35,10 +35,10 @@ least_squares = Exercise(
     ],
 )
 
-_X = torch.tensor([[1.0, 2.0, 3.0]])
+_X = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 4.0]])  # two tokens
 _W = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]])
-_A = torch.tensor([[0.5, 0.5, 0.0]])  # rank 1
-_B = torch.tensor([[1.0], [-2.0]])
+_A = torch.tensor([[0.5, 0.5, 0.0], [1.0, -1.0, 2.0]])  # rank 2
+_B = torch.tensor([[1.0, 0.5], [-2.0, 1.0]])
 
 # the output of a linear layer W with an adapter: A [rank, in], B [out, rank], scale
 lora_forward = Exercise(
@@ -53,8 +53,8 @@ lora_forward = Exercise(
         (lambda x, w, a, b, s: s * (x @ w.T + x @ a.T @ b.T), "the scale belongs to the adapter alone."),
         (lambda x, w, a, b, s: x @ w.T - s * (x @ a.T @ b.T), "the adapter is subtracted; it is added."),
         (
-            lambda x, w, a, b, s: x @ w.T + s * ((x @ w.T).sum(-1, keepdim=True) @ b.T),
-            "the adapter reads the layer's input, not its output.",
+            lambda x, w, a, b, s: x @ w.T + s / len(a) * (x @ a.T @ b.T),
+            "`scale` is divided by the rank already.",
         ),
     ],
     why="B begins with zeros: at first the layer is unchanged.",
@@ -73,13 +73,19 @@ share_won_back = Exercise(
         (lambda d, p, h: 1 - _share(d, p, h), "this is the share that is still lost; 1 minus it came back."),
         (
             lambda d, p, h: (p - h) / (p - d),
-            "take logarithms: a perplexity of 1,000 against 500 is a small step, 40 against 20 the same one.",
+            "take logarithms: from 40 to 20 is as large a step as from 1,000 to 500.",
         ),
         (
             lambda d, p, h: float(1 - np.log(h / d)),
             "this compares with the dense model only; what was lost by pruning goes below the line.",
         ),
-        (lambda d, p, h: _share(d, h, p) if h != d else float("inf"), "healed and pruned changed places."),
-        (lambda d, p, h: d / h, "this is what is left of the dense model's perplexity."),
+        (
+            lambda d, p, h: float(np.log(p / h)),
+            "this came back; divide it by what was lost, log(pruned / dense).",
+        ),
+        (
+            lambda d, p, h: float(np.log(h / d)),
+            "this is still lost; divide it by what was lost, and take 1 minus that.",
+        ),
     ],
 )

@@ -7,7 +7,7 @@ from simdiff_utils.checks import Exercise
 # the 95 % interval of a ratio to ShortGPT's perplexity -> "better", "worse", or "no difference shown"
 verdict = Exercise(
     right=lambda low, high: "better" if high < 1 else "worse" if low > 1 else "no difference shown",
-    cases=[(0.7, 0.9), (1.1, 1.3), (0.9, 1.2), (0.5, 1.0)],
+    cases=[(0.7, 0.9), (1.1, 1.3), (0.9, 1.2), (0.5, 1.0), (1.0, 1.3), (0.9, 0.99), (1.01, 1.2)],
     mistakes=[
         (
             lambda lo, hi: "worse" if hi < 1 else "better" if lo > 1 else "no difference shown",
@@ -38,6 +38,10 @@ standard_error = Exercise(
     cases=[(0.4, 200), (0.5, 1600)],
     mistakes=[
         (lambda p, n: p * (1 - p) / n, "this is the variance; take the root."),
+        (
+            lambda p, n: float(np.sqrt(p * (1 - p) / (n - 1))),
+            "close: divide by n, not by n - 1; with a share p nothing is estimated from a mean.",
+        ),
         (lambda p, n: float(1 / np.sqrt(n)), "p (1 - p) is missing."),
         (
             lambda p, n: float(np.sqrt(p * (1 - p))),
@@ -57,8 +61,9 @@ your_choice = Exercise(
     right="measure",
     mistakes=[
         ("masd", "on SmolLM2 it is ShortGPT's set, on Gemma it is better: which one is your model?"),
-        ("cosine", "it is the cheapest, and it collapses where many layers go."),
-        ("sleb", "it wins most of our cells; is your text like ours, and can you afford the passes?"),
+        ("cosine", "it is the cheapest; on Gemma without six layers its set is broken."),
+        ("mssd", "where the sigmoid saturates, it is ShortGPT; is it saturated on your model?"),
+        ("sleb", "it wins where many layers go; is your text like ours, and can you afford the passes?"),
     ],
     why="Compare candidate sets on validation text of your own kind, and report on text that chose nothing.",
 )
