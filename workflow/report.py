@@ -12,7 +12,8 @@ from simdiff_utils.files import read_kept, write_whole
 from workflow.plan import NOTEBOOKS, NotebookRun
 
 _MANY = 200  # rows of a table that are shown; the file has all
-_AXES = ("model", "seed", "criterion", "n_remove", "target", "repair", "training")  # tell a notebook's runs apart
+# tell a notebook's runs apart
+_AXES = ("model", "seed", "criterion", "n_remove", "target", "repair", "training")
 _FACTS = {  # word on the page -> column of the results' origins
     "models": "model",
     "text": "text",

@@ -51,7 +51,7 @@ class Cuts:
         pattern = "" if self._no_pattern else " and the pattern is kept"
         require(
             self._lowest([0] * len(self.kinds), n_remove),
-            f"no {n_remove} of {len(self.kinds)} layers may be removed{protected}{pattern}: remove fewer, or "
+            f"cannot remove {n_remove} of {len(self.kinds)} layers{protected}{pattern}: remove fewer, or "
             "protect fewer.",
         )
 
