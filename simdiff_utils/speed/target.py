@@ -1,7 +1,5 @@
 """Targets: how many layers have to go for a size or a speed, or may go for a loss that can be borne."""
 
-from dataclasses import dataclass, fields
-
 import pandas as pd
 
 from simdiff_utils import SimDiffError
@@ -21,23 +19,6 @@ from simdiff_utils.speed.generate import PROTOCOLS
 ROOM = "simdiff_utils.speed"
 GROUPS = (*criterion.GROUPS, ChoiceSettings, ReportSettings)
 _PROTOCOL = PROTOCOLS["interactive"]
-
-
-@dataclass(frozen=True)
-class Reached:
-    """What a target comes to.
-
-    Attributes:
-        n_remove: layers to remove.
-        validation, test: of a perplexity target: the perplexity (over dense, or as it is) on the split that
-            chose and on the one that did not, each with the ends of its 95 % interval; () for others.
-        sentence: all of it, for a reader.
-    """
-
-    n_remove: int
-    sentence: str
-    validation: tuple[float, float, float] | tuple = ()
-    test: tuple[float, float, float] | tuple = ()
 
 
 def gains(run: Run, grid: list[int] | None = None) -> pd.DataFrame:
@@ -93,12 +74,12 @@ def resolve(run: Run) -> tuple[Run, str]:
     def make(_folder) -> dict:
         quantity, bound, relative = parse(run.settings.target)
         find = _for_perplexity if quantity == "perplexity" else _for_gain
-        return vars(find(run, quantity, bound, relative))
+        n_remove, sentence = find(run, quantity, bound, relative)
+        return {"n_remove": n_remove, "sentence": sentence}
 
     folder = run.stage("target", ROOM, GROUPS, make, machine=describe_machine())
     kept = read_json(folder / "result.json")
-    found = Reached(**{field.name: kept[field.name] for field in fields(Reached)})
-    return run.replace(n_remove=found.n_remove, target=""), found.sentence
+    return run.replace(n_remove=kept["n_remove"], target=""), kept["sentence"]
 
 
 def parse(target: str) -> tuple[str, float, bool]:
@@ -108,7 +89,7 @@ def parse(target: str) -> tuple[str, float, bool]:
     return quantity, float(bound), bool(times)
 
 
-def _for_gain(run: Run, quantity: str, bound: float, relative: bool) -> Reached:
+def _for_gain(run: Run, quantity: str, bound: float, relative: bool) -> tuple[int, str]:
     table = gains(run).iloc[1:]
     if relative and quantity != "decode_speedup":  # a speedup is relative as it is
         bound *= gains(run, [0])[quantity].iloc[0]
@@ -121,7 +102,7 @@ def _for_gain(run: Run, quantity: str, bound: float, relative: bool) -> Reached:
         )
     row = table[better].iloc[0]
     n_remove = int(row["n_remove"])
-    return Reached(
+    return (
         n_remove,
         f"target {run.settings.target}: {n_remove} of {run.n_layers} layers go, and {quantity} is "
         f"{row[quantity]:.4g} (params {row['params']:.4g}, gib {row['gib']:.3g}, decode_speedup "
@@ -129,7 +110,7 @@ def _for_gain(run: Run, quantity: str, bound: float, relative: bool) -> Reached:
     )
 
 
-def _for_perplexity(run: Run, quantity: str, bound: float, relative: bool) -> Reached:
+def _for_perplexity(run: Run, quantity: str, bound: float, relative: bool) -> tuple[int, str]:
     """Bisection: within the target at `low`, beyond it at `high`. Perplexity need not grow with every layer:
     a larger number that would do as well can be missed."""
 
@@ -159,11 +140,9 @@ def _for_perplexity(run: Run, quantity: str, bound: float, relative: bool) -> Re
         "confirmed" if test[2] <= bound else "within reach of chance" if test[1] <= bound else "NOT so"
     )
 
-    return Reached(
+    return (
         low,
         f"target {run.settings.target}: {low} of {run.n_layers} layers go by {run.settings.criterion}; "
         f"perplexity {unit} {words(known[low])} on the validation split, {words(test)} on the test split: "
         f"{confirmed} there. With {high}: {words(known[high]) if high in known else 'no layer is left'}.",
-        known[low],
-        test,
     )
