@@ -38,9 +38,10 @@ from simdiff_utils.engine.perplexity import block_losses
 from simdiff_utils.files import write_whole
 from simdiff_utils.models.shapes import random_model, shape_folder
 from simdiff_utils.provenance import describe_machine
-from simdiff_utils.speed.bound import Work, bound_phases, ideal_seconds, measure_rates
+from simdiff_utils.speed.bound import bound_phases, measure_rates
 from simdiff_utils.speed.generate import PROTOCOLS, Protocol
-from simdiff_utils.speed.timing import measure_speed, summarise_speed, without_layers
+from simdiff_utils.speed.tables import describe_speed
+from simdiff_utils.speed.timing import measure_speed, without_layers
 
 REMOVED, PROTOCOL = (4, 6, 8, 10, 12), replace(PROTOCOLS["paper"], n_timed_steps=8)
 LIMITS = {"speed": 130, "compiled": 170, "capture": 60, "agreement": 30, "placement": 60}  # seconds
@@ -57,16 +58,12 @@ def _speed(load: Load, removed: tuple[int, ...], protocol: Protocol, compiled: b
         lacking = spread(n_layers, n_remove)
         with ExitStack() as stack:
             pruned = stack.enter_context(without_layers(dense, lacking))
-            table = summarise_speed(measure_speed(dense, {lacking: pruned}, protocol, 3, compiled))
+            samples = measure_speed(dense, {lacking: pruned}, protocol, 3, compiled)
             bounds = pd.concat(
-                bound_phases(model, protocol).assign(n_remove=n)
+                bound_phases(model, protocol, rates).assign(n_remove=n)
                 for n, model in ((0, dense), (n_remove, pruned))
-            ).set_index(["phase", "n_remove"])
-        for row in table.itertuples():
-            work = bounds.loc[row.phase, row.n_remove]
-            ideal = work.n_passes * ideal_seconds(
-                Work(work.weight_bytes, work.kv_bytes, work.operations), rates
             )
+        for row in describe_speed(samples, bounds).itertuples():
             yield {
                 "name": f"{row.phase}, {row.n_remove} of {n_layers} layers removed, {row.way}",
                 "value": row.tokens_per_s,
@@ -74,7 +71,7 @@ def _speed(load: Load, removed: tuple[int, ...], protocol: Protocol, compiled: b
                 "speedup": row.speedup,
                 "speedup_low": row.speedup_low,
                 "speedup_high": row.speedup_high,
-                "share_of_bound": ideal / row.seconds,
+                "share_of_bound": row.share_of_bound,
             }
 
 

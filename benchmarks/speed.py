@@ -31,8 +31,9 @@ from simdiff_utils.files import write_whole
 from simdiff_utils.models.checkpoints import resolve_checkpoint
 from simdiff_utils.models.shapes import SHAPES, random_model
 from simdiff_utils.provenance import describe_machine
-from simdiff_utils.speed.bound import Rates, Work, bound_phases, ideal_seconds, measure_rates
+from simdiff_utils.speed.bound import bound_phases, measure_rates
 from simdiff_utils.speed.generate import PROTOCOLS
+from simdiff_utils.speed.tables import describe_speed
 from simdiff_utils.speed.timing import KEYS, measure_speed, summarise_speed, without_layers
 
 EMBEDDED = {"smollm2": "embedded:smollm2-135m-instruct", "gemma": "embedded:gemma-3-270m"}
@@ -87,8 +88,8 @@ def measure(case: str, given: argparse.Namespace) -> None:
                 }
                 samples = measure_speed(dense, pruned, protocol, given.pairs, ways[way])
                 models = {frozenset(): dense} | pruned
-                bounds = [bound_phases(m, protocol).assign(n_remove=len(s)) for s, m in models.items()]
-            write(samples, pd.concat(bounds), rates, facts | {"protocol": name}, given.figures)
+                bounds = [bound_phases(m, protocol, rates).assign(n_remove=len(s)) for s, m in models.items()]
+            write(samples, pd.concat(bounds), facts | {"protocol": name}, given.figures)
 
 
 def is_there(key: dict, n_remove: int, path: Path) -> bool:
@@ -99,17 +100,8 @@ def is_there(key: dict, n_remove: int, path: Path) -> bool:
     return bool((same & (table["n_remove"] == n_remove)).any())
 
 
-def write(samples: pd.DataFrame, bounds: pd.DataFrame, rates: Rates, here: dict, figures: Path) -> None:
-    ideal = {
-        (row.phase, row.n_remove): row.n_passes
-        * ideal_seconds(Work(row.weight_bytes, row.kv_bytes, row.operations), rates)
-        for row in bounds.itertuples()
-    }
-    table = summarise_speed(samples)
-    here_and_dense = [((row.phase, row.n_remove), (row.phase, 0)) for row in table.itertuples()]
-    table["ideal_seconds"] = [ideal[one] for one, _ in here_and_dense]
-    table["ideal_speedup"] = [ideal[dense] / ideal[one] for one, dense in here_and_dense]
-    table["share_of_bound"] = table["ideal_seconds"] / table["seconds"]
+def write(samples: pd.DataFrame, bounds: pd.DataFrame, here: dict, figures: Path) -> None:
+    table = describe_speed(samples, bounds)
     together = " ".join(map(str, sorted(set(samples["n_remove"]))))  # timed in turns
     table["together"] = samples["together"] = together
     shown = ["tokens_per_s", "speedup", "speedup_low", "speedup_high", "ideal_speedup", "share_of_bound"]

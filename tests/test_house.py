@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "simdiff_utils"
 FILES = sorted(PACKAGE.rglob("*.py"))
 WIDTH, LONGEST, ENTRIES = 110, 260, 21
-CODE_LINES = 7_720  # of the package, docstrings, comments and blank lines aside, and the exercises' answers
+CODE_LINES = 7_770  # of the package, docstrings, comments and blank lines aside, and the exercises' answers
 ANSWERS = "checks"
 # From the ground up: a module or room may import those that stand before it, and others on its own floor that
 # come before it in the line.

@@ -16,12 +16,12 @@ def _ridge(u: Tensor, gap: Tensor, strength: float) -> Tensor:
     return torch.linalg.solve(u.T @ u + strength * torch.eye(width, dtype=u.dtype), u.T @ gap).T
 
 
-# D [out, in] that minimises the sum over tokens of |gap - D u|^2 + strength |D|^2
+# C [out, in] that minimises the sum over tokens of |gap - C u|^2 + strength |C|^2
 least_squares = Exercise(
     right=_ridge,
     cases=[(_U, _GAP, 0.5), (_U, _GAP, 0.0)],
     mistakes=[
-        (lambda u, g, s: _ridge(u, g, s).T, "D is transposed: it maps inputs to outputs, [out, in]."),
+        (lambda u, g, s: _ridge(u, g, s).T, "C is transposed: it maps inputs to outputs, [out, in]."),
         (
             lambda u, g, s: _ridge(u, g, 0.0),
             "the strength is missing: without it a small sample is fitted too well.",
@@ -30,7 +30,7 @@ least_squares = Exercise(
             lambda u, g, s: torch.linalg.solve(u.T @ u + s, u.T @ g).T,
             "the strength belongs on the diagonal only, times the identity.",
         ),
-        (lambda u, g, s: -_ridge(u, g, s), "the sign is turned: D has to add what is missing."),
+        (lambda u, g, s: -_ridge(u, g, s), "the sign is turned: C has to add what is missing."),
         (lambda u, g, s: (u.T @ g).T, "this is u'gap alone; divide by u'u (torch.linalg.solve)."),
     ],
 )

@@ -1,50 +1,60 @@
-"""Pictures of recovery: the loss while training, the ladder of one run, and the rungs that the workbook has
-measured."""
+"""Pictures of recovery: what two models expect, the loss while training, the ladder of one run, and the rungs
+that the workbook has measured."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simdiff_utils.style import look, shared_legend
+from simdiff_utils.style import look, note, shared_legend
 
 RUNGS = {
-    "magnitude": dict(marker="x", color="#999999", ls=":"),
-    "linear": dict(marker="s", color="#0072B2", ls=":"),
     "lora": dict(marker="o", color="#E69F00", ls="-"),
     "distillation": dict(marker="^", color="#009E73", ls="-"),
-    "linear+lora": dict(marker="D", color="#D55E00", ls="--"),
     "linear+distillation": dict(marker="P", color="#CC79A7", ls="--"),
 }
-_SHARE = "lost log-perplexity\nrecovered, % (validation)"
+
+
+def plot_next_token(words: list[str], dense: list[float], pruned: list[float], came: int) -> Figure:
+    """What two models expect at one place of a text: the probabilities of a few words, as pairs of bars.
+
+    Args:
+        words: the words, the most likely of the dense model first.
+        dense, pruned: their probabilities.
+        came: which of the words stands in the text.
+    """
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.36 * len(words)))
+    places = range(len(words))
+    for name, values, aside in (("dense", dense, -0.2), ("pruned", pruned, 0.2)):
+        own = dict(color=look(name)["color"], label=name)
+        axis.barh([y + aside for y in places], values, height=0.38, **own)
+    axis.set(
+        yticks=places, yticklabels=[repr(word) for word in words], xlabel="probability of the next token"
+    )
+    axis.get_yticklabels()[came].set(fontweight="bold")
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="lower right", fontsize=9)
+    return figure
 
 
 def plot_training(log: pd.DataFrame, dense: float, pruned: float) -> Figure:
-    """Left, the loss over the tokens seen; right, the share of the lost log-perplexity that is back.
+    """The loss on held-out text over the tokens seen, between the dense and the pruned model's; faint, the
+    training batches.
 
     Args:
         log: of `recovery.lora.Trained`.
         dense, pruned: loss on the validation blocks of the dense and the pruned model, in nats per token.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    figure, axis = plt.subplots(figsize=(8, 3.4))
     train, held_out = log.dropna(subset=["loss"]), log.dropna(subset=["eval_loss"])
     seen = held_out["tokens"] / 1000
-    batches = look("recovered", marker="o", ms=4, label="training batches")
-    left.plot(train["tokens"] / 1000, train["loss"], **batches)
-    left.plot(
-        seen, held_out["eval_loss"], **look("dense", ls="--", ms=7, label="validation blocks, next token")
-    )
-    left.set(ylabel="loss, nats per token")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2, fontsize=9)
-    share = _percent_back(held_out["eval_loss"], dense, pruned)
-    right.plot(seen, share, **look("recovered", ms=8))
-    right.axhline(100, color=look("dense")["color"], lw=1.2)
-    right.text(seen.max(), 97, "dense", fontsize=9, va="top", ha="right")
-    _draw_pruned(right)
-    right.text(seen.max(), 2, "pruned", fontsize=9, va="bottom", ha="right")
-    right.set(ylabel=_SHARE, ylim=(min(-5, share.min() - 5), 105))
-    for axis in (left, right):
-        axis.set(xlabel="thousand tokens seen")
+    axis.plot(train["tokens"] / 1000, train["loss"], ".", color="#999999", label="training batches")
+    axis.plot(seen, held_out["eval_loss"], **look("recovered", ms=8, label="held-out text"))
+    for name, loss in (("dense", dense), ("pruned", pruned)):
+        axis.axhline(loss, color=look(name)["color"], lw=1.2, ls="--")
+        note(axis, name, (seen.max(), loss), (-4, 3), ha="right")
+    axis.set(xlabel="thousand tokens seen", ylabel="loss, nats per token")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
     return figure
 
 
@@ -65,13 +75,13 @@ def plot_ladder(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_rungs(curves: pd.DataFrame, table: pd.DataFrame, titles: dict[str, str]) -> Figure:
-    """What each rung wins back over the tokens it has seen, a panel for each case.
+def plot_rungs(curves: pd.DataFrame, titles: dict[str, str]) -> Figure:
+    """What each rung wins back over the tokens it has seen, on held-out text, a panel for each case. Where a
+    curve starts above 0, a repair without training came before.
 
     Args:
         curves: evaluations while training: case, rung, tokens, eval_loss, dense_loss, pruned_loss (nats per
             token).
-        table: the rungs at their end: case, rung, n_tokens, share (of the test split), n_trained.
         titles: case -> what stands above its panel.
     """
     size = (1 + 4 * len(titles), 3.9)
@@ -80,22 +90,11 @@ def plot_rungs(curves: pd.DataFrame, table: pd.DataFrame, titles: dict[str, str]
         for rung, own in RUNGS.items():
             curve = curves[(curves["case"] == case) & (curves["rung"] == rung)]
             if len(curve):
-                share = _percent_back(curve["eval_loss"], curve["dense_loss"], curve["pruned_loss"])
+                lost = curve["pruned_loss"] - curve["dense_loss"]
+                share = 100 * (curve["pruned_loss"] - curve["eval_loss"]) / lost
                 axis.plot(curve["tokens"] / 1000, share, **own, ms=6, label=rung)
-            ends = table[(table["case"] == case) & (table["rung"] == rung) & (table["n_trained"] == 0)]
-            if len(ends):
-                alone = own | dict(ls="", ms=8, label=f"{rung} (no training, test split)")
-                axis.plot(ends["n_tokens"] / 1000, 100 * ends["share"], **alone)
-        _draw_pruned(axis)
+        axis.axhline(0, color=look("pruned")["color"], lw=1.2, ls="--")
         axis.set(title=title, xlabel="thousand tokens seen")
-    axes[0, 0].set_ylabel(_SHARE)
-    shared_legend(figure, axes[0], loc="outside lower center", ncols=3)
+    axes[0, 0].set_ylabel("lost log-perplexity\nrecovered, % (validation)")
+    shared_legend(figure, axes[0], loc="outside lower center", ncols=4)
     return figure
-
-
-def _percent_back(loss: pd.Series, dense: float | pd.Series, pruned: float | pd.Series) -> pd.Series:
-    return 100 * (pruned - loss) / (pruned - dense)
-
-
-def _draw_pruned(axis: Axes) -> None:
-    axis.axhline(0, color=look("pruned")["color"], lw=1.2, ls="--")

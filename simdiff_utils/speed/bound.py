@@ -7,7 +7,7 @@ than reading its bytes, and no less than computing its operations.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 
 import pandas as pd
 import torch
@@ -110,12 +110,13 @@ def count_pass(model: PreTrainedModel, *, batch_size: int, n_tokens: int, n_cach
     )
 
 
-def bound_phases(model: PreTrainedModel, protocol: Protocol) -> pd.DataFrame:
-    """Work of each phase of a protocol.
+def bound_phases(model: PreTrainedModel, protocol: Protocol, rates: Rates) -> pd.DataFrame:
+    """Work of each phase of a protocol, and the time that it takes at least.
 
     Returns:
         one row per phase: phase, batch_size, weight_bytes, kv_bytes, operations (of one pass; of decode the
-        pass in the middle, since its work grows by the same amount from pass to pass), n_passes.
+        pass in the middle, since its work grows by the same amount from pass to pass), n_passes,
+        ideal_seconds (of all passes).
     """
     passes = {"prefill": (protocol.prompt_len, 0, 1)}  # n_tokens, n_cached, n_passes
     if protocol.n_new_tokens:
@@ -124,7 +125,8 @@ def bound_phases(model: PreTrainedModel, protocol: Protocol) -> pd.DataFrame:
     rows = []
     for phase, (n_tokens, n_cached, n_passes) in passes.items():
         work = count_pass(model, batch_size=protocol.batch_size, n_tokens=n_tokens, n_cached=n_cached)
-        rows.append({"phase": phase, "batch_size": protocol.batch_size, **asdict(work), "n_passes": n_passes})
+        row = {"phase": phase, "batch_size": protocol.batch_size, **asdict(work), "n_passes": n_passes}
+        rows.append(row | {"ideal_seconds": n_passes * ideal_seconds(work, rates)})
     return pd.DataFrame(rows)
 
 
@@ -133,6 +135,7 @@ def ideal_seconds(work: Work, rates: Rates) -> float:
     return max(work.n_bytes / rates.bandwidth, work.operations / rates.matrix_rate)
 
 
+@cache  # the machine stays what it is
 @torch.inference_mode()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Best of several: a matrix-vector product (reads every byte once) and a square matrix product in

@@ -12,6 +12,7 @@ _PARTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"]
 _MARKS = "osD^vP"
 _REST, _DARK = "#BBBBBB", "#333333"
 _BAR = dict(height=0.6, edgecolor="white")
+_MIDDLE = dict(ha="center", va="center", fontsize=8)
 
 
 _GAINS = {"gib": "weights, GiB", "params": "parameters", "decode_speedup": "decode speedup, by the bound"}
@@ -151,7 +152,8 @@ def plot_step(parts: pd.DataFrame, ideals: dict[str, float]) -> Figure:
             width = 1000 * seconds.get((model, name), 0.0)
             axis.barh(y, width, left=left, color=colours[name], **_BAR, label=name)
             if width:
-                axis.text(left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=8)
+                ink = "white" if name == names[0] else _DARK  # the first colour is the only dark one
+                axis.text(left + width / 2, y, f"{width:.1f}", color=ink, **_MIDDLE)
             left += width
         bound = [1000 * ideals[model]] * 2
         axis.plot(bound, [y - 0.42, y + 0.42], color="black", lw=2.5, label="bound")
@@ -160,27 +162,4 @@ def plot_step(parts: pd.DataFrame, ideals: dict[str, float]) -> Figure:
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     shared_legend(figure, [axis], loc="outside upper center", ncols=len(names) + 1)
-    return figure
-
-
-def plot_memory(memory: pd.DataFrame) -> Figure:
-    """Peak memory as stacked bars: weights, KV cache, the rest; without what the process takes before
-    loading.
-
-    Args:
-        memory: model, weights, kv_cache, other, in GiB (see `measure_peak_memory`).
-    """
-    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.7 * len(memory)))
-    left = np.zeros(len(memory))
-    labels = {"weights": "weights", "kv_cache": "KV cache", "other": "activations and other"}
-    for (name, label), colour in zip(labels.items(), (*_PARTS[:2], _REST), strict=True):
-        axis.barh(memory["model"], memory[name], left=left, color=colour, **_BAR, label=label)
-        left = left + memory[name].to_numpy()
-    for y, total in enumerate(left):
-        axis.text(total, y, f" {total:.2f}", va="center", fontsize=9)
-    axis.set(xlabel="peak memory, GiB")
-    axis.margins(x=0.12)
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
     return figure

@@ -17,7 +17,7 @@ from simdiff_utils.models.checkpoints import hash_checkpoint
 from simdiff_utils.pruning.stage import pruned_checkpoint, removed_layers
 from simdiff_utils.run import Run
 from simdiff_utils.settings import ReportSettings, SpeedSettings
-from simdiff_utils.speed.bound import Work, bound_phases, ideal_seconds, measure_rates
+from simdiff_utils.speed.bound import bound_phases, measure_rates
 from simdiff_utils.speed.draft import N_DRAFTED, measure_draft
 from simdiff_utils.speed.generate import PROTOCOLS, Protocol
 from simdiff_utils.speed.memory import measure_peak_memory
@@ -64,18 +64,19 @@ def measure(run: Run) -> Path:
             samples = [
                 measure_speed(dense, models, protocol, s.n_pairs, way, s.seed) for protocol, way in turns
             ]
+            rates = measure_rates(dense.device, dtype)
             bounds = [
-                bound_phases(model, protocol).assign(n_remove=len(lacking))
+                bound_phases(model, protocol, rates).assign(n_remove=len(lacking))
                 for lacking, model in ({frozenset(): dense} | models).items()
                 for protocol in protocols(run)
             ]
             parts = time_parts({"dense": dense, "pruned": exported}, protocols(run)[0])
-        rates, bounds = measure_rates(dense.device, dtype), pd.concat(bounds)
-        bounds["ideal_seconds"] = [
-            row.n_passes * ideal_seconds(Work(row.weight_bytes, row.kv_bytes, row.operations), rates)
-            for row in bounds.itertuples()
-        ]
-        tables = {"samples": pd.concat(samples), "bounds": bounds, "parts": parts, "memory": memory}
+        tables = {
+            "samples": pd.concat(samples),
+            "bounds": pd.concat(bounds),
+            "parts": parts,
+            "memory": memory,
+        }
         for name, table in tables.items():
             table.to_csv(folder / f"{name}.csv", index=False)
         return {

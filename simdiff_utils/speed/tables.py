@@ -1,12 +1,58 @@
-"""Speed in the words of those who serve models, and in the columns of llama-bench."""
+"""What was measured beside what is possible, in the words of those who serve models, and in the columns of
+llama-bench."""
 
 import numpy as np
 import pandas as pd
 
-from simdiff_utils.speed.timing import KEYS
+from simdiff_utils.speed.timing import KEYS, summarise_speed
 
 _ONE = ["batch_size", "way", "model", "n_remove"]  # what is one model, served in one way
 _PREFILL = "prefill"
+
+
+def describe_speed(samples: pd.DataFrame, bounds: pd.DataFrame) -> pd.DataFrame:
+    """The summary of the runs beside the bound.
+
+    Args:
+        samples: of `measure_speed`, one protocol or several.
+        bounds: of `bound_phases`, with n_remove; the dense model (0) among them.
+
+    Returns:
+        the rows of `summarise_speed`, with ideal_seconds, ideal_speedup (the dense model's ideal_seconds over
+        these), and share_of_bound (ideal_seconds over the seconds measured).
+    """
+    key = ["phase", "batch_size"]
+    table = summarise_speed(samples).merge(bounds[[*key, "n_remove", "ideal_seconds"]])
+    dense = bounds[bounds["n_remove"] == 0].set_index(key)["ideal_seconds"]
+    table["ideal_speedup"] = table.join(dense.rename("dense"), on=key)["dense"] / table["ideal_seconds"]
+    return table.assign(share_of_bound=table["ideal_seconds"] / table["seconds"])
+
+
+def ideal_steps(bounds: pd.DataFrame, n_removed: int) -> dict[str, float]:
+    """Seconds of one decode step at the bound, at the first batch size, by model; empty where nothing is
+    decoded."""
+    steps = bounds[bounds["phase"].str.startswith("decode")].drop_duplicates("n_remove").set_index("n_remove")
+    seconds = steps["ideal_seconds"] / steps["n_passes"]
+    return {name: seconds[n] for name, n in (("dense", 0), ("pruned", n_removed)) if n in seconds}
+
+
+def over_depth(stored: pd.DataFrame, measured: pd.DataFrame, n_layers: int) -> pd.DataFrame:
+    """The curves that the workbook has measured (`benchmarks/speed.py`), and one run's own points beside
+    them.
+
+    Args:
+        stored: rows of `describe_speed` with label, protocol and n_layers.
+        measured: rows of `describe_speed`, of one batch size.
+        n_layers: of the dense model measured.
+
+    Returns:
+        the rows of pruned models, eager, with label and n_layers.
+    """
+    longest = {_PREFILL: "prefill", "decode": "interactive"}  # the protocol that each phase is shown from
+    stored = stored[stored["protocol"] == stored["phase"].map(longest)]
+    here = f"this run, batch {measured['batch_size'].iloc[0]}"
+    table = pd.concat([stored, measured.assign(label=here, n_layers=n_layers)])
+    return table[(table["model"] == "pruned") & (table["way"] == "eager")]
 
 
 def describe_serving(summary: pd.DataFrame, bounds: pd.DataFrame, rates: dict) -> pd.DataFrame:

@@ -38,7 +38,7 @@ def gains(run: Run, grid: list[int] | None = None) -> pd.DataFrame:
     sizes = [sum(tensors[name].n_bytes for name in names) for names in stored.layers]
     numbers = [sum(tensors[name].n_parameters for name in names) for names in stored.layers]
     smallest = sorted(range(run.n_layers), key=lambda layer_idx: (sizes[layer_idx], layer_idx))
-    rates = run.once(("rates", dtype), lambda: measure_rates(pick_device(), dtype))
+    rates = measure_rates(pick_device(), dtype)
     n_cached = _PROTOCOL.prompt_len + _PROTOCOL.n_new_tokens // 2
 
     def seconds(removed: frozenset[int]) -> float:

@@ -192,6 +192,9 @@ def test_results_equal_lm_evals_on_the_model_built_by_hand(llama, tokenizer, dat
     assert (facts["source"], facts["split"], facts["n_samples"]) == ("folder", "test", 12)
     assert facts["data_sha256"] == data.find("arc_easy").sha256 and facts["task_version"] == "1.0"
     assert set(table[table["task"] == "hellaswag"]["metric"]) == {"acc", "acc_norm"}
+    for row in table.itertuples():  # a bit for each question
+        assert len(row.hits) == row.n_samples
+        assert row.hits.count("1") / len(row.hits) == pytest.approx(row.value)
 
 
 def test_limit_takes_the_first_documents(llama, tokenizer, data):

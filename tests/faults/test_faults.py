@@ -10,59 +10,13 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
-import filelock
 import pandas as pd
 import pytest
 
-from benchmarks.soak import PHASES, SECRET, VICTIMS, Grid, make_inputs, soak, tally
-from simdiff_utils.files import write_whole
+from benchmarks.soak import PHASES, SECRET, VICTIMS, Grid, soak, tally
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    """A folder that all workers see."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-@pytest.fixture(scope="module")
-def inputs(shared):
-    """A model in a folder whose name every shell would stumble over, and a text."""
-    folder = shared / 'it\'s $(touch one) `touch two` "x"; {wildcards}'
-    with filelock.FileLock(shared / "inputs.lock"):
-        if not folder.exists():
-            with write_whole(folder) as partial:
-                partial.mkdir()
-                make_inputs(partial)
-        return folder / "model", folder / "rows.txt"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(inputs, shared):
-    """Gives a finished grid that nothing happened to: made once, by the worker that first asks for it."""
-
-    def finished() -> Grid:
-        grid = Grid(shared / "undisturbed", *inputs)
-        with filelock.FileLock(shared / "undisturbed.lock"):
-            if not (shared / "undisturbed.done").exists():
-                grid.finish()
-                assert len(grid.results()) == 4 and not grid.half_done() and len(grid.tables()) > 8
-                (shared / "undisturbed.done").touch()
-        return grid
-
-    return finished
-
-
-@pytest.fixture
-def grid(inputs, tmp_path):
-    started = Grid(tmp_path / "runs", *inputs)
-    yield started
-    if started.process and started.process.poll() is None:
-        started.kill("everything")
 
 
 def test_a_short_soak_loses_nothing(undisturbed, tmp_path):  # the longest, so it comes first
@@ -102,29 +56,29 @@ def goes_on(grid, undisturbed, before) -> None:
     assert all(after[name] == written for name, written in before.items()), "something was redone"
 
 
-def test_a_kernel_killed_in_mid_cell_is_started_once_more(grid, undisturbed):
-    grid.start()
+def test_one_grid_gets_through_killed_kernels_a_second_run_ctrl_c_and_a_machine_that_goes_down(
+    grid, undisturbed
+):
+    """Each in another phase of the same grid; the soak has more victims and phases."""
+    first = grid.start()
     assert grid.wait_for("capture", 0)
-    assert grid.kill("kernel")
-    said, _ = grid.process.communicate()
-    assert grid.process.returncode == 0, said
-    assert "once more" in said
-    assert grid.equals(undisturbed()) and not grid.half_done()
-
-
-def test_a_run_that_was_killed_goes_on(grid, undisturbed):
-    """As when the machine goes down while a checkpoint is written; the soak has other victims and phases."""
+    assert grid.kill("kernel")  # in mid cell: its notebook is started once more
+    a_second_run_is_refused_in_one_sentence(grid)
+    assert grid.wait_for("training", 0), "the first run stopped"
+    before, pressed = grid.results(), time.monotonic()
+    assert len(before) == 3
+    os.killpg(first.pid, signal.SIGINT)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and time.monotonic() - pressed < 60
+    assert "once more" in said and "Traceback" not in said and not grid.half_done(), said
     grid.start()
     assert grid.wait_for("checkpoint", 0)
     assert grid.kill("everything")
     assert not grid.half_done()
-    goes_on(grid, undisturbed, grid.results())
+    goes_on(grid, undisturbed, before)
 
 
-def test_a_second_run_is_refused_and_ctrl_c_stops_the_first_at_once(grid, undisturbed):
-    """A second run on the same folder says so in one sentence and disturbs nothing: the first goes on."""
-    first = grid.start()
-    assert grid.wait_for("capture", 0)
+def a_second_run_is_refused_in_one_sentence(grid) -> None:
     second = Grid(grid.folder, grid.settings["model"], grid.settings["text"])
     said, _ = second.start().communicate()
     assert second.process.returncode != 0
@@ -132,14 +86,6 @@ def test_a_second_run_is_refused_and_ctrl_c_stops_the_first_at_once(grid, undist
     assert "another run is writing to" in sentence and "SIMDIFF_RUNS" in sentence
     dry, _ = second.start("-n").communicate()  # looking is always allowed
     assert second.process.returncode == 0, dry
-    assert grid.wait_for("training", 0), "the first run stopped"
-    before, pressed = grid.results(), time.monotonic()
-    assert len(before) == 3
-    os.killpg(first.pid, signal.SIGINT)
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode != 0 and time.monotonic() - pressed < 60
-    assert "Traceback" not in said and not grid.half_done(), said
-    goes_on(grid, undisturbed, before)
 
 
 def test_a_damaged_result_file_is_made_again(grid, undisturbed):

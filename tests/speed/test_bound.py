@@ -132,14 +132,19 @@ def test_llama_8b_without_twelve_layers():
 
 
 def test_the_phases_of_a_protocol(llama):
-    table = bound_phases(llama, Protocol(batch_size=3, prompt_len=10, n_new_tokens=8)).set_index("phase")
+    rates = Rates(bandwidth=1e3, matrix_rate=1e9, device="CPU", n_threads=1)
+    protocol = Protocol(batch_size=3, prompt_len=10, n_new_tokens=8)
+    table = bound_phases(llama, protocol, rates).set_index("phase")
     assert table["n_passes"].to_dict() == {"prefill": 1, "decode": 8}
     prompt = count_pass(llama, batch_size=3, n_tokens=10)
     assert Work(*table.loc["prefill", ["weight_bytes", "kv_bytes", "operations"]]) == prompt
     every = [count_pass(llama, batch_size=3, n_tokens=1, n_cached=10 + i).kv_bytes for i in range(8)]
     assert table.loc["decode", "kv_bytes"] * 8 == pytest.approx(sum(every), rel=0.05)
-    assert list(bound_phases(llama, Protocol(1, 10, 0))["phase"]) == ["prefill"]
-    assert "decode (integrated)" in set(bound_phases(llama, Protocol(1, 10, 8, n_timed_steps=2))["phase"])
+    decode = table.loc["decode"]
+    assert decode["ideal_seconds"] == pytest.approx(8 * (decode["weight_bytes"] + decode["kv_bytes"]) / 1e3)
+    assert list(bound_phases(llama, Protocol(1, 10, 0), rates)["phase"]) == ["prefill"]
+    some = bound_phases(llama, Protocol(1, 10, 8, n_timed_steps=2), rates)
+    assert "decode (integrated)" in set(some["phase"])
 
 
 def test_a_model_without_some_layers_has_less_to_do_by_just_those(make_tiny):

@@ -4,14 +4,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simdiff_utils.speed.tables import as_llama_bench, describe_serving
+from simdiff_utils.speed.tables import (
+    as_llama_bench,
+    describe_serving,
+    describe_speed,
+    ideal_steps,
+    over_depth,
+)
 from simdiff_utils.speed.timing import summarise_speed
 
 RATES = {"bandwidth": 1000.0, "matrix_rate": 500.0, "device": "CPU", "n_threads": 2}
 BOUNDS = pd.DataFrame(
     [
         {"phase": phase, "batch_size": 2, "n_remove": n, "n_passes": passes, "operations": operations}
-        | {"weight_bytes": 100, "kv_bytes": 20}
+        | {"weight_bytes": 100, "kv_bytes": 20, "ideal_seconds": passes / (10 + 10 * n)}
         for phase, passes, operations in (("prefill", 1, 50), ("decode", 4, 7))
         for n in (0, 3)
     ]
@@ -44,6 +50,35 @@ def test_serving_words_are_sums_by_hand():
     assert dense["tokens_per_s"] == pytest.approx((8 / 2 + 8 / 4) / 2)
     assert dense["mbu"] == pytest.approx(120 / (3.0 / 4) / 1000) and pruned["mbu"] == 2 * dense["mbu"]
     assert dense["mfu"] == pytest.approx(50 / 0.2 / 500)
+
+
+def test_measured_beside_possible():
+    table = describe_speed(samples(), BOUNDS).set_index(["model", "phase"])
+    assert len(table) == 4 and (table.loc["dense", "ideal_speedup"] == 1).all()
+    assert table.loc["pruned", "ideal_speedup"].to_numpy() == pytest.approx(40 / 10)
+    assert table.loc[("dense", "prefill"), "share_of_bound"] == pytest.approx(0.1 / 0.2)
+    assert table.loc[("pruned", "decode"), "share_of_bound"] == pytest.approx(0.1 / 1.5)
+    assert ideal_steps(BOUNDS, 3) == {"dense": pytest.approx(0.1), "pruned": pytest.approx(0.025)}
+    assert ideal_steps(BOUNDS[BOUNDS["phase"] == "prefill"], 3) == {}
+
+
+def test_a_runs_points_stand_beside_the_stored_curves():
+    mine = describe_speed(samples(), BOUNDS)
+    kept = {"prefill": "prefill", "decode": "interactive"}
+    stored = pd.concat(
+        mine.assign(label=label, n_layers=30, protocol=protocol)
+        for label in ("smollm2", "another")
+        for protocol in ("prefill", "interactive")
+    )
+    table = over_depth(stored, mine, n_layers=8)
+    assert set(table["model"]) == {"pruned"} and len(table) == 2 * 3
+    beside = table.dropna(subset=["protocol"])
+    assert (beside["protocol"] == beside["phase"].map(kept)).all()
+    assert table.groupby("label")["n_layers"].unique().map(list).to_dict() == {
+        "smollm2": [30],
+        "another": [30],
+        "this run, batch 2": [8],
+    }
 
 
 def test_where_nothing_is_decoded_there_is_no_time_a_token():

@@ -28,7 +28,9 @@ from simdiff_utils.comparison.tasks.load import TaskData
 from simdiff_utils.engine.decoder import Decoder
 from simdiff_utils.engine.surgery import check_removed
 
-COLUMNS = "removed task task_version metric value stderr n_samples limit source split data_sha256".split()
+COLUMNS = (
+    "removed task task_version metric value stderr hits n_samples limit source split data_sha256".split()
+)
 _SEEDS = (0, 1234)  # lm-eval's own: of `random`, and of numpy and torch
 
 
@@ -58,8 +60,9 @@ def evaluate_tasks(
 
     Returns:
         one row per task, set and metric: removed (sorted list), task, task_version, metric (acc, acc_norm,
-        em, f1), value (0 to 1), stderr (NaN where lm-eval gives none: a single document), n_samples, limit
-        (None: all), source, split, data_sha256.
+        em, f1), value (0 to 1), stderr (NaN where lm-eval gives none: a single document), hits (a 0 or 1 for
+        each document, in their order; None where answers count in parts), n_samples, limit (None: all),
+        source, split, data_sha256.
 
     Raises:
         SimDiffError: no such task, no rows for it, no such layer, no chat template; a task that has
@@ -111,7 +114,7 @@ def _compute(job: Job, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, bat
             lm=model,
             task_dict={"tasks": {job.rows.task: task}},
             limit=job.facts["limit"],
-            log_samples=False,
+            log_samples=True,  # for the answers to single documents
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
@@ -137,16 +140,18 @@ def _results(answer: dict, removed: Removed, job: Job) -> list[dict]:
     task = job.rows.task
     shared = {"removed": sorted(removed), "task": task, "task_version": job.rows.version}
     shared |= {"n_samples": answer["n-samples"][task]["effective"], "limit": job.facts["limit"]}
-    measured, rows = answer["results"][task], []
+    measured, single, rows = answer["results"][task], answer["samples"][task], []
     for name, value in measured.items():
         metric, _, filtered = name.partition(",")
         if not filtered or metric.endswith("_stderr"):
             continue
         stderr = measured[f"{metric}_stderr,{filtered}"]
+        scores = [one[metric] for one in single if one["filter"] == filtered]
         numbers = {
             "metric": metric if filtered == "none" else name,
             "value": float(value),
             "stderr": None if isinstance(stderr, str) else float(stderr),  # "N/A": one document
+            "hits": "".join(f"{score:.0f}" for score in scores) if set(scores) <= {0, 1} else None,
         }
         rows.append(shared | numbers | origin(job.rows))
     return rows

@@ -41,7 +41,10 @@ class Job:
         facts = shared | no_shots | {"task": rows.task, "task_version": rows.version} | origin(rows)
         paths = {removed: folder and _path(Path(folder), removed, facts) for removed in sets}
         kept = {removed: read_kept(path) for removed, path in paths.items() if path}
-        return cls(rows, facts, paths, {removed: data["results"] for removed, data in kept.items() if data})
+        known = {removed: data["results"] for removed, data in kept.items() if data}
+        # what an older version kept without the single answers is asked again
+        known = {removed: rows for removed, rows in known.items() if all("hits" in row for row in rows)}
+        return cls(rows, facts, paths, known)
 
     @property
     def unknown(self) -> tuple[Removed, ...]:

@@ -1,0 +1,66 @@
+"""Two models on the same questions: what can be said of their difference.
+
+Accuracies of two models vary together from draw to draw, since both find the same questions hard. So only the
+questions that one of them answers and the other does not carry weight: McNemar's exact test counts them
+(Psychometrika 12, 1947), and a paired bootstrap draws questions, for both at once.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from simdiff_utils import SimDiffError
+
+_N_DRAWS = 2000
+
+
+def compare_answers(rows: pd.DataFrame, base: frozenset[int], seed: int = 0) -> pd.DataFrame:
+    """Every set against one of them, task by task and over all tasks.
+
+    Args:
+        rows: of `evaluate_tasks`, one metric a task, with hits.
+        base: the set that the others are compared with, such as the dense model's (empty).
+        seed: draws the questions.
+
+    Returns:
+        one row per other set and task, and one with task "mean": removed, task, n (questions), difference
+        (of accuracy, this set's less the base's; of the mean, each task counts alike), low and high (95 %,
+        paired bootstrap, questions drawn within each task), gained and lost (questions that only this set,
+        or only the base answers), p (McNemar's exact test, two-sided).
+
+    Raises:
+        SimDiffError: a set was not asked the same questions as the base, or a metric has no hits.
+    """
+    answers = {}
+    for row in rows.itertuples():
+        if not isinstance(row.hits, str):
+            raise SimDiffError(f"{row.metric} of {row.task} counts answers in parts: give another metric.")
+        hits = np.array(list(row.hits), dtype=int)
+        if answers.setdefault(frozenset(row.removed), {}).setdefault(row.task, hits) is not hits:
+            raise SimDiffError(f"{row.task} is there twice: give one metric a task.")
+    theirs, table = answers.get(base, {}), []
+    for removed, mine in answers.items():
+        if {task: len(hits) for task, hits in mine.items()} != {t: len(hits) for t, hits in theirs.items()}:
+            raise SimDiffError(f"layers {sorted(removed)} and {sorted(base)} were asked other questions.")
+        differences = {task: mine[task] - theirs[task] for task in mine}
+        if removed != base:
+            table += [{"removed": sorted(removed)} | row for row in _test(differences, seed)]
+    return pd.DataFrame(table)
+
+
+def _test(differences: dict[str, np.ndarray], seed: int) -> list[dict]:
+    """A row a task, and one for their mean; a difference is 1, 0 or -1 for each question."""
+    draw, rows, drawn = np.random.default_rng(seed), [], []
+    for task, one in differences.items():
+        drawn.append(one[draw.integers(len(one), size=(_N_DRAWS, len(one)))].mean(axis=1))
+        rows.append(_row(task, one, one.mean(), drawn[-1]))
+    mean = float(np.mean([one.mean() for one in differences.values()]))
+    return [*rows, _row("mean", np.concatenate(list(differences.values())), mean, np.mean(drawn, axis=0))]
+
+
+def _row(task: str, differences: np.ndarray, mean: float, drawn: np.ndarray) -> dict:
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    counts = {"n": len(differences), "gained": gained, "lost": lost, "p": p}
+    return {"task": task, "difference": mean, "low": low, "high": high} | counts
