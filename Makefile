@@ -62,7 +62,7 @@ workbook: .venv/.installed  ## install, run notebooks 01 to 05 on one model, and
 
 # What the two hours of docs/teaching.md need, warmed: afterwards they work offline, and read what is there.
 workshop:  ## the day before a workshop: install, fetch, and run notebooks 01 to 03 once
-	@echo "This takes about ten minutes on two cores and 4 GB of disk (.venv 2.3 GB, model and text 0.6 GB)."
+	@echo "This takes ten to fifteen minutes on two cores and 4 GB of disk (.venv 2.3 GB, model and text 0.6 GB)."
 	@$(MAKE) --no-print-directory .venv/.installed
 	@"$(PYTHON)" -c "$$CHECK_MACHINE" 2
 	@.venv/bin/python -m simdiff_utils assets

@@ -65,7 +65,7 @@ def plot_ladder(table: pd.DataFrame) -> Figure:
     names = [name if name in ("dense", "pruned") else "recovered" for name in table["rung"]]
     colours = [look(name)["color"] for name in names]
     bars = axis.barh(table["rung"], table["perplexity"], color=colours, height=0.65)
-    back = [f"   {share:.0%} recovered" if i >= 2 else "" for i, share in enumerate(table["share"])]
+    back = [f"   {share:.0%} won back" if i >= 2 else "" for i, share in enumerate(table["share"])]
     labels = [f"{value:.1f}{share}" for value, share in zip(table["perplexity"], back, strict=True)]
     axis.bar_label(bars, labels, padding=4, fontsize=10)
     axis.set(xlabel="test perplexity")
@@ -95,6 +95,6 @@ def plot_rungs(curves: pd.DataFrame, titles: dict[str, str]) -> Figure:
                 axis.plot(curve["tokens"] / 1000, share, **own, ms=6, label=rung)
         axis.axhline(0, color=look("pruned")["color"], lw=1.2, ls="--")
         axis.set(title=title, xlabel="thousand tokens seen")
-    axes[0, 0].set_ylabel("lost log-perplexity\nrecovered, % (validation)")
+    axes[0, 0].set_ylabel("share won back, %\n(validation)")
     shared_legend(figure, axes[0], loc="outside lower center", ncols=4)
     return figure
