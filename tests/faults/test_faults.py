@@ -56,17 +56,19 @@ def goes_on(grid, undisturbed, before) -> None:
     assert all(after[name] == written for name, written in before.items()), "something was redone"
 
 
-def test_one_grid_gets_through_killed_kernels_a_second_run_ctrl_c_and_a_machine_that_goes_down(
+def test_one_grid_gets_through_a_second_run_a_killed_kernel_ctrl_c_and_a_machine_that_goes_down(
     grid, undisturbed
 ):
     """Each in another phase of the same grid; the soak has more victims and phases."""
     first = grid.start()
     assert grid.wait_for("capture", 0)
-    assert grid.kill("kernel")  # in mid cell: its notebook is started once more
     a_second_run_is_refused_in_one_sentence(grid)
     assert grid.wait_for("training", 0), "the first run stopped"
-    before, pressed = grid.results(), time.monotonic()
+    before = grid.results()
     assert len(before) == 3
+    assert grid.kill("kernel")  # in mid cell: its notebook is started once more
+    assert grid.wait_for("checkpoint", 0)
+    pressed = time.monotonic()
     os.killpg(first.pid, signal.SIGINT)
     said, _ = first.communicate(timeout=60)
     assert first.returncode != 0 and time.monotonic() - pressed < 60

@@ -37,7 +37,8 @@ def test_a_job_that_is_cancelled_is_a_sentence_and_a_rerun_goes_on_as_locally(
 ):
     """The model's folder has a name that every shell would stumble over."""
     grid = Grid(tmp_path / "slurm", *inputs, speed="true", n_pairs=1, n_new_tokens=2, prompt_len=8)
-    del grid.settings["recovery"]
+    for name in ("recovery", "max_steps", "micro_batch_size", "max_length", "learning_rate"):
+        del grid.settings[name]
     grid.start(*SLURM)
     assert grid.wait_for("capture", 0)
     (job,) = queue("%i")
