@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.slurm_cluster import start_cluster, why_not
-from benchmarks.soak import Grid, make_inputs
+from benchmarks.soak import OF_RECOVERY, Grid, make_inputs
 
 _PROFILE = "--workflow-profile workflow/profiles/slurm --slurm-status-command squeue --slurm-no-account"
 SLURM = (*_PROFILE.split(), "--slurm-init-seconds-before-status-checks", "2")
@@ -28,7 +28,7 @@ def make_grid(
         return "[" + ",".join(map(str, values)) + "]"
 
     grid = Grid(folder, models[0], text)
-    for name in ("recovery", "max_steps", "micro_batch_size", "max_length", "learning_rate"):
+    for name in OF_RECOVERY:
         del grid.settings[name]
     grid.settings |= {"model": listed(models), "criterion": listed(criteria)}
     grid.settings |= {"n_remove": listed(numbers), "n_remove_grid": listed(numbers)}

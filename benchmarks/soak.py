@@ -53,6 +53,7 @@ SETTINGS = dict(
     learning_rate=0.01,
     prompt="w1 w2",
 )
+OF_RECOVERY = ("recovery", "max_steps", "micro_batch_size", "max_length", "learning_rate")  # of SETTINGS
 SECRET = "hf_thisTokenIsASecret"  # in the environment of every run: no file may hold it
 TIMES = ("second", "time", "peak", "mem", "date", "tokens_per_s", "speed")  # columns that no two runs share
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.slurm import SLURM
 from benchmarks.slurm_cluster import start_cluster, why_not
-from benchmarks.soak import Grid
+from benchmarks.soak import OF_RECOVERY, Grid
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 
@@ -37,7 +37,7 @@ def test_a_job_that_is_cancelled_is_a_sentence_and_a_rerun_goes_on_as_locally(
 ):
     """The model's folder has a name that every shell would stumble over."""
     grid = Grid(tmp_path / "slurm", *inputs, speed="true", n_pairs=1, n_new_tokens=2, prompt_len=8)
-    for name in ("recovery", "max_steps", "micro_batch_size", "max_length", "learning_rate"):
+    for name in OF_RECOVERY:
         del grid.settings[name]
     grid.start(*SLURM)
     assert grid.wait_for("capture", 0)
