@@ -3,8 +3,6 @@
 import ast
 from collections.abc import Iterable
 
-from transformers.utils.logging import disable_progress_bar
-
 from simdiff_utils import require
 from simdiff_utils.settings import (
     CaptureSettings,
@@ -52,7 +50,9 @@ def from_notebook(namespace: dict, number: str) -> Settings:
         SimDiffError: a name that the notebook does not declare (papermill only logs those), or a value of
             the wrong type or out of range.
     """
-    disable_progress_bar()  # transformers' own: each load would leave a red block in the notebook
+    from transformers.utils import logging  # here: the plan of a grid reads this module, and stays light
+
+    logging.disable_progress_bar()  # each load would leave a red block in the notebook
     history = namespace.get("In", [])
     if any(history):
         declared, injected = _declared_and_injected(history)
