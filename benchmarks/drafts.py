@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.comparison import write_rows
+from benchmarks.comparison import EMBEDDED, write_rows
 from simdiff_utils.criterion import stage as criterion
 from simdiff_utils.engine.load import load_model, pick_dtype
 from simdiff_utils.recovery import stage as recovery
@@ -23,11 +23,7 @@ from simdiff_utils.settings import Settings
 from simdiff_utils.speed.draft import N_DRAFTED, measure_draft
 from simdiff_utils.speed.timing import without_layers
 
-MODELS = {
-    "smollm2": ("embedded:smollm2-135m-instruct", [3, 6, 9, 12]),
-    "gemma": ("embedded:gemma-3-270m", [2, 4, 6, 8]),
-    "qwen-0.5b": ("embedded:qwen2.5-coder-0.5b-instruct", [4, 8, 12]),
-}
+GRIDS = {"smollm2": [3, 6, 9, 12], "gemma": [2, 4, 6, 8], "qwen-0.5b": [4, 8, 12]}
 CRITERIA = ["cosine", "portfolio"]
 PROMPT_LEN, N_NEW_TOKENS = 64, 48
 TARGET = Path("benchmarks/results/drafts.csv")
@@ -57,7 +53,7 @@ def summarise(table: pd.DataFrame, drafts: dict[str, dict]) -> pd.DataFrame:
 
 
 def measure(model: str, given: argparse.Namespace) -> None:
-    name, grid = MODELS[model]
+    name, grid = EMBEDDED[model], GRIDS[model]
     settings = Settings(model=name, criteria=CRITERIA, n_remove_grid=given.grid or grid)
     run = Run(settings)
     dtype = str(pick_dtype("auto")).removeprefix("torch.")
@@ -89,7 +85,7 @@ def measure(model: str, given: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="+", choices=MODELS)
+    parser.add_argument("models", nargs="+", choices=GRIDS)
     parser.add_argument("--grid", type=int, nargs="+", help="numbers of layers (default: the model's)")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--healed", type=int, nargs="*", default=[])

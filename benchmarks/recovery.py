@@ -27,6 +27,7 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.comparison import EMBEDDED
 from simdiff_utils import provenance
 from simdiff_utils.comparison.tasks.evaluate import evaluate_tasks
 from simdiff_utils.comparison.tasks.load import TaskData
@@ -48,12 +49,11 @@ from simdiff_utils.text.blocks import token_blocks
 from simdiff_utils.text.corpus import load_wikitext2_test
 
 RESULTS, KEY = Path(__file__).parent / "results", ["case", "rung"]
-SMOLLM2 = "embedded:smollm2-135m-instruct"
 CASES = {
-    "smollm2-6": (SMOLLM2, 6),
-    "smollm2-9": (SMOLLM2, 9),
-    "gemma-4": ("embedded:gemma-3-270m", 4),
-    "alpaca": (SMOLLM2, 6),
+    "smollm2-6": ("smollm2", 6),
+    "smollm2-9": ("smollm2", 9),
+    "gemma-4": ("gemma", 4),
+    "alpaca": ("smollm2", 6),
 }
 RUNGS = {
     "pruned": ("none", "none"),
@@ -81,7 +81,7 @@ N_QUESTIONS, TASK_DTYPE = 200, "bfloat16"
 def open_run(case: str, data: Path) -> Run:
     """The run of a case, pruned and with nothing healed yet."""
     model, n_remove = CASES[case]
-    settings = dict(model=model, n_remove=n_remove, **SHARED)
+    settings = dict(model=EMBEDDED[model], n_remove=n_remove, **SHARED)
     if case == "alpaca":
         rows = str(data / "alpaca" / "alpaca_5000.jsonl.gz")
         settings |= dict(preset="published", train_data=rows, max_steps=0)
@@ -170,7 +170,7 @@ def add_rows(rows: pd.DataFrame, path: Path, key: list[str]) -> None:
 
 def measure_overhead(n_pairs: int = 5) -> None:
     """Seconds of 16 steps in our loop over those in a bare one, in turn."""
-    run = Run(Settings(**SHARED | dict(model=SMOLLM2, n_remove=6, max_steps=16)))
+    run = Run(Settings(**SHARED | dict(model=EMBEDDED["smollm2"], n_remove=6, max_steps=16)))
     rows, recipe, ratios = stage.training_rows(run), stage.recipe(run), []
     rows.validation.clear()
 

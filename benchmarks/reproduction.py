@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.comparison import read_ledger, write_ledger, write_rows
+from benchmarks.comparison import EMBEDDED, read_ledger, write_ledger, write_rows
 from simdiff_utils import provenance
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.capture.statistics import capture_statistics
@@ -37,7 +37,6 @@ from simdiff_utils.engine.load import decoder_stack
 from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
-MODELS = {size: f"embedded:qwen2.5-coder-{size}-instruct" for size in ("0.5b", "1.5b")}
 GRID = [4, 6, 8, 10, 12]
 CRITERIA = "cosine mssd masd log-mssd relative portfolio sleb floating".split()
 PUBLISHED_SEARCH = ["mssd", "masd"]
@@ -112,7 +111,7 @@ def check_one_layer(run: Run) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=["0.5b", "1.5b"])
     parser.add_argument(
         "--data", default="", help="folder with wikitext2/ and the tasks' rows; empty: the hub"
     )
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
     settings = Settings(
-        model=MODELS[given.model],
+        model=EMBEDDED[f"qwen-{given.model}"],
         text=given.text or calibration_text(given.data),
         dtype=given.dtype,
         batch_size=1 if given.seq_len > 1024 else 4,

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.comparison import write_rows
+from benchmarks.comparison import EMBEDDED, write_rows
 from simdiff_utils import provenance
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.comparison.rows import windows
@@ -39,17 +39,12 @@ from simdiff_utils.registry import find
 from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
-MODELS = {
-    "smollm2": ("embedded:smollm2-135m-instruct", [12, 9, 6, 3]),
-    "gemma": ("embedded:gemma-3-270m", [6, 4, 2]),
-    "qwen-0.5b": ("embedded:qwen2.5-coder-0.5b-instruct", [12, 8, 4]),
-    "qwen-1.5b": ("embedded:qwen2.5-coder-1.5b-instruct", [12, 8]),
-}
+GRIDS = {"smollm2": [12, 9, 6, 3], "gemma": [6, 4, 2], "qwen-0.5b": [12, 8, 4], "qwen-1.5b": [12, 8]}
 BATCH_SIZE, CONFIDENCE, SLICE = 4, 0.99, 4
 # EvoPress (arXiv:2410.14649) as its example script sets it: random sets to begin with, offspring a
 # generation, tokens of the first selection, survivors of it, layers exchanged at most, generations
-# K (L - K) / 1.5
-INITIAL, OFFSPRING, TOKENS, SURVIVORS, SWAPS, PER_GENERATION = 64, 32, 2048, 2, 3, 1.5
+# K (L - K) / 1.5; these would take hours, so that it stops where a K has cost BUDGET tokens through a layer
+INITIAL, OFFSPRING, TOKENS, SURVIVORS, SWAPS, PER_GENERATION, BUDGET = 64, 32, 2048, 2, 3, 1.5, 8_000_000
 RESULTS = Path("benchmarks/results")
 Answers = Iterator[tuple[int, frozenset[int]]]
 
@@ -58,9 +53,9 @@ class Bench:
     """One model, its texts, and what a contender may look at."""
 
     def __init__(self, model: str, blocks: int, data: str, dtype: str) -> None:
-        name, self.grid = MODELS[model]
+        self.grid = GRIDS[model]
         settings = Settings(
-            model=name,
+            model=EMBEDDED[model],
             dtype=dtype,
             n_samples=64,
             n_validation=blocks,
@@ -80,12 +75,15 @@ class Bench:
         return Evidence(self.statistics, evaluator=lambda: evaluator, confidence=CONFIDENCE)
 
 
-# ---- contenders: each gives (K, the set), the largest K first
+# ---- contenders: each gives (K, the set) for a grid of K, the largest first
 
 
-def ternary(bench: Bench, evaluator: Evaluator) -> Answers:
+Contender = Callable[[Bench, Evaluator, list[int]], Answers]
+
+
+def ternary(bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
     """Algorithm 1 with MASD, each probe a pass of its own."""
-    for k in bench.grid:
+    for k in grid:
 
         def evaluate(removed: frozenset[int]) -> float:
             once = bench.evaluator()
@@ -100,32 +98,32 @@ def ternary(bench: Bench, evaluator: Evaluator) -> Answers:
         yield k, frozenset(probes.loc[probes["perplexity"].idxmin(), "removed"])
 
 
-def raced(criterion: str) -> Callable[[Bench, Evaluator], Answers]:
+def raced(criterion: str) -> Contender:
     """The sets that a criterion proposes, the best of them by racing."""
 
-    def contend(bench: Bench, evaluator: Evaluator) -> Answers:
-        for k in bench.grid:
+    def contend(bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
+        for k in grid:
             sets = [candidate.removed for candidate in propose(criterion, bench.evidence(evaluator), k)]
             yield k, evaluator.race({0: sets}, CONFIDENCE).winners[0]
 
     return contend
 
 
-def sleb(exact: bool) -> Callable[[Bench, Evaluator], Answers]:
-    def contend(bench: Bench, evaluator: Evaluator) -> Answers:
+def sleb(exact: bool) -> Contender:
+    def contend(bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
         protected = find("sleb").protected(bench.n_layers)
-        order = greedy(evaluator, bench.grid[0], protected, confidence=CONFIDENCE, exact=exact)
-        yield from ((k, frozenset(order[:k])) for k in bench.grid)
+        order = greedy(evaluator, grid[0], protected, confidence=CONFIDENCE, exact=exact)
+        yield from ((k, frozenset(order[:k])) for k in grid)
 
     return contend
 
 
-def lazy(bench: Bench, evaluator: Evaluator) -> Answers:
-    order = LazyGreedy(evaluator, bench.grid[0], confidence=CONFIDENCE).order
-    yield from ((k, frozenset(order[:k])) for k in bench.grid)
+def lazy(_bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
+    order = LazyGreedy(evaluator, grid[0], confidence=CONFIDENCE).order
+    yield from ((k, frozenset(order[:k])) for k in grid)
 
 
-def evolution(bench: Bench, evaluator: Evaluator) -> Answers:
+def evolution(bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
     """EvoPress with the loss as its fitness (its option `ppl`): one parent; offspring exchange few layers;
     the best by few tokens meet the parent on all."""
     n_few = max(1, min(len(bench.blocks), TOKENS // bench.blocks.shape[1]))
@@ -136,10 +134,13 @@ def evolution(bench: Bench, evaluator: Evaluator) -> Answers:
         losses = evaluator.losses(sets, which).mean(1)
         return [sets[i] for i in losses.argsort(kind="stable")[:n_kept]]
 
-    for k in bench.grid:
+    for k in grid:
+        end = evaluator.cost.layer_tokens + BUDGET
         drawn = [frozenset(rng.permutation(bench.n_layers)[:k].tolist()) for _ in range(INITIAL)]
         (parent,) = best(list(dict.fromkeys(drawn)), n_few, 1)
         for _ in range(int(k * (bench.n_layers - k) / PER_GENERATION)):
+            if evaluator.cost.layer_tokens > end:
+                break
             offspring: set[frozenset[int]] = set()
             while len(offspring) < OFFSPRING:
                 n_swaps = min(*rng.integers(1, SWAPS + 1, 2), k, bench.n_layers - k)
@@ -152,7 +153,7 @@ def evolution(bench: Bench, evaluator: Evaluator) -> Answers:
         yield k, parent
 
 
-CONTENDERS: dict[str, Callable[[Bench, Evaluator], Answers]] = {
+CONTENDERS: dict[str, Contender] = {
     "MASD, ternary search": ternary,
     "MASD, all sets, raced": raced("masd"),
     "portfolio, raced": raced("portfolio"),
@@ -178,7 +179,7 @@ def contend(bench: Bench, name: str, folder: Path) -> list[dict]:
     if kept := read_kept(path):
         return kept["rows"]
     evaluator, rows, spent = bench.evaluator(), [], 0.0
-    answers = CONTENDERS[name](bench, evaluator)
+    answers = CONTENDERS[name](bench, evaluator, bench.grid)
     while True:
         started = time.perf_counter()
         answer = next(answers, None)
@@ -225,10 +226,9 @@ def rank_among_all(bench: Bench, names: list[str], n_remove: int) -> pd.DataFram
     )
     sets = [frozenset(each) for each in itertools.combinations(range(bench.n_layers), n_remove)]
     losses = slice_.losses(sets).mean(1)
-    bench.grid = [n_remove]
     found = []
     for name in names:
-        ((_, removed),) = CONTENDERS[name](bench, bench.evaluator())
+        ((_, removed),) = CONTENDERS[name](bench, bench.evaluator(), [n_remove])
         place = 1 + int((losses < losses[sets.index(removed)]).sum())
         found.append(
             {
@@ -247,7 +247,7 @@ def rank_among_all(bench: Bench, names: list[str], n_remove: int) -> pd.DataFram
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="+", choices=MODELS)
+    parser.add_argument("models", nargs="+", choices=GRIDS)
     parser.add_argument("--blocks", type=int, default=16, help="of validation; twice as many of test")
     parser.add_argument("--windows", type=int, default=16, help="of WikiText-2's test split")
     parser.add_argument("--data", default="", help="folder with wikitext2/; empty: the hub")

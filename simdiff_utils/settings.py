@@ -145,7 +145,7 @@ class TableSettings(Group):
     """What is laid side by side, on the test split."""
 
     criteria: Annotated[list[str], _criteria()] = "cosine mssd masd log-mssd relative portfolio".split()
-    n_remove_grid: Annotated[list[int], _counts()] = [3, 6, 8, 9, 12]
+    n_remove_grid: Annotated[list[int], _counts()] = [6, 8, 12]
 
 
 class ReportSettings(Group):

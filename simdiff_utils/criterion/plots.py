@@ -42,7 +42,7 @@ def plot_plane(table: pd.DataFrame, criterion: str, n_remove: int, alphas: list[
     own, room = look(criterion), 0.05 * np.ptp(i_diff)
     right = 1.25 * np.quantile(i_sim, 0.8)  # the few layers that turn far more would squeeze all others
     limits = (0.6 * i_sim.min(), right, i_diff.min() - room, i_diff.max() + room)
-    figure, axis = plt.subplots(figsize=(7.5, 3.7))
+    figure, axis = plt.subplots(figsize=(8.5, 4.6))
     for layer_idx, (x, y) in enumerate(zip(np.minimum(i_sim, right), i_diff, strict=True)):
         marker, offset = ("o", (4, 3)) if x < right else (">", (6, -3))
         axis.plot(x, y, marker, ms=5, color=own["color"], clip_on=False)
@@ -56,7 +56,7 @@ def plot_plane(table: pd.DataFrame, criterion: str, n_remove: int, alphas: list[
     axis.axis(limits)
     axis.set(xlabel="angle, I_sim (▸: farther right than shown)", ylabel="magnitude, I_diff")
     axis.set_title(f"{own['label']}: {n_remove} layers lie left of and below each line")
-    axis.legend(loc="center left", bbox_to_anchor=(1.04, 0.5))
+    axis.legend(loc="upper left")
     return figure
 
 

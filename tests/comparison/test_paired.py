@@ -55,3 +55,11 @@ def test_what_cannot_be_paired_is_refused():
         compare_answers(rows.assign(hits=None), DENSE)
     with pytest.raises(SimDiffError, match="other questions"):
         compare_answers(rows, frozenset({7}))
+
+
+def test_a_single_question_says_nothing_about_spread():
+    table = compare_answers(answers(piqa=("1", "0"), sciq=("110", "100")), DENSE).set_index("task")
+    assert (
+        table.loc["piqa", ["low", "high"]].tolist() == [-1, 1] == table.loc["mean", ["low", "high"]].tolist()
+    )
+    assert table.loc["sciq", "low"] <= table.loc["sciq", "difference"] <= table.loc["sciq", "high"] <= 0

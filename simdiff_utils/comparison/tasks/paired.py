@@ -7,7 +7,7 @@ questions that one of them answers and the other does not carry weight: McNemar'
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from simdiff_utils import SimDiffError
 
@@ -50,17 +50,22 @@ def compare_answers(rows: pd.DataFrame, base: frozenset[int], seed: int = 0) -> 
 
 def _test(differences: dict[str, np.ndarray], seed: int) -> list[dict]:
     """A row a task, and one for their mean; a difference is 1, 0 or -1 for each question."""
-    draw, rows, drawn = np.random.default_rng(seed), [], []
-    for task, one in differences.items():
-        drawn.append(one[draw.integers(len(one), size=(_N_DRAWS, len(one)))].mean(axis=1))
-        rows.append(_row(task, one, one.mean(), drawn[-1]))
-    mean = float(np.mean([one.mean() for one in differences.values()]))
-    return [*rows, _row("mean", np.concatenate(list(differences.values())), mean, np.mean(drawn, axis=0))]
+    rows = [{"task": task} | _compare([one], seed) for task, one in differences.items()]
+    return [*rows, {"task": "mean"} | _compare([*differences.values()], seed)]
 
 
-def _row(task: str, differences: np.ndarray, mean: float, drawn: np.ndarray) -> dict:
-    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
-    low, high = np.quantile(drawn, [0.025, 0.975])
+def _compare(differences: list[np.ndarray], seed: int) -> dict:
+    def mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([task.mean(axis=axis) for task in tasks], axis=0)
+
+    low, high = -1.0, 1.0  # a single question says nothing about spread
+    if min(map(len, differences)) > 1:
+        draw = np.random.default_rng(seed)
+        low, high = bootstrap(
+            differences, mean, n_resamples=_N_DRAWS, method="percentile", rng=draw
+        ).confidence_interval
+    every = np.concatenate(differences)
+    gained, lost = int((every > 0).sum()), int((every < 0).sum())
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    counts = {"n": len(differences), "gained": gained, "lost": lost, "p": p}
-    return {"task": task, "difference": mean, "low": low, "high": high} | counts
+    counts = {"n": len(every), "gained": gained, "lost": lost, "p": p}
+    return {"difference": float(mean(*differences)), "low": low, "high": high} | counts
