@@ -23,20 +23,19 @@ def environment() -> Callable[..., Path]:
         """shares_torch: what is not asked for comes from the environment of the tests."""
         folder = TOOLS / name
         made_of, wanted = folder / "made_of.txt", " ".join(requirements)
-        if made_of.is_file() and made_of.read_text() == wanted:
-            return folder / "bin"
-        options = ["--no-deps"] if shares_torch else []
-        for command in (
-            [sys.executable, "-m", "venv", "--clear", str(folder)],
-            [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *options, *requirements],
-        ):
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"{name} could not be installed: {done.stderr.strip().splitlines()[-1]}")
-        if shares_torch:  # read after the environment's own packages, which therefore come first
-            (own,) = folder.glob("lib/python*/site-packages")
+        if not (made_of.is_file() and made_of.read_text() == wanted):
+            options = ["--no-deps"] if shares_torch else []
+            for command in (
+                [sys.executable, "-m", "venv", "--clear", str(folder)],
+                [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *options, *requirements],
+            ):
+                done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+                if done.returncode:
+                    pytest.skip(f"{name} could not be installed: {done.stderr.strip().splitlines()[-1]}")
+            made_of.write_text(wanted)
+        if shares_torch:  # read after the environment's own packages, which therefore come first; every time,
+            (own,) = folder.glob("lib/python*/site-packages")  # since another clone may have made the folder
             (own / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
-        made_of.write_text(wanted)
         return folder / "bin"
 
     return make
