@@ -1,6 +1,6 @@
 """Every way to choose the layers by losses: what each finds for a grid of K, and what it computes for that.
 
-    python -m benchmarks.search smollm2 gemma qwen-0.5b [--blocks 16] [--contenders "SLEB, raced" ...]
+    python -m benchmarks.search smollm2 gemma qwen-0.5b [--blocks 16] [--contenders sleb lazy ...]
                                 [--windows 16] [--data ../shared/data] [--every 2 3]
 
 Each contender has an evaluator of its own and works through the grid from its largest K down, so that what
@@ -153,14 +153,14 @@ def evolution(bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
         yield k, parent
 
 
-CONTENDERS: dict[str, Contender] = {
-    "MASD, ternary search": ternary,
-    "MASD, all sets, raced": raced("masd"),
-    "portfolio, raced": raced("portfolio"),
-    "SLEB, shared prefixes": sleb(exact=True),
-    "SLEB, raced": sleb(exact=False),
-    "lazy, raced": lazy,
-    "floating, raced": raced("floating"),
+CONTENDERS: dict[str, Contender] = {  # criteria of the registry, raced, by their names; and others
+    "masd": raced("masd"),
+    "portfolio": raced("portfolio"),
+    "sleb": sleb(exact=False),
+    "floating": raced("floating"),
+    "lazy": lazy,
+    "masd, ternary": ternary,
+    "sleb, exact": sleb(exact=True),
     "evolution": evolution,
 }
 
@@ -205,7 +205,9 @@ def judge(bench: Bench, rows: pd.DataFrame, n_windows: int) -> pd.DataFrame:
         "wikitext2": (windows(bench.run)[np.sort(order)], 1),
     }
     sets = [frozenset(removed) for removed in rows["removed"]]
-    sleb_of = {row.n_remove: frozenset(row.removed) for row in rows.itertuples() if "SLEB" in row.contender}
+    sleb_of = {
+        row.n_remove: frozenset(row.removed) for row in rows.itertuples() if row.contender.startswith("sleb")
+    }
     for name, (blocks, batch_size) in texts.items():
         kept = Evaluator(bench.run.decoder, blocks, batch_size, folder / f"{name}-{key}")
         known = dict(zip(sets, kept.losses(sets), strict=True))
@@ -260,6 +262,8 @@ def main() -> None:
         bench.evaluator().losses([frozenset()])  # loaded and warm before any clock runs
         folder = provenance.runs_root() / "benchmark-search" / model
         command = f"python -m benchmarks.search {model} --blocks {given.blocks} --windows {given.windows}"
+        if given.contenders != list(CONTENDERS):
+            command += f" --contenders {' '.join(map(repr, given.contenders))}"
         rows = pd.DataFrame([row for name in given.contenders for row in contend(bench, name, folder)])
         rows = judge(bench, rows, given.windows).assign(model=bench.run.checkpoint.label)
         rows["dtype"] = bench.run.settings.dtype

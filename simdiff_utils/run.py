@@ -59,9 +59,7 @@ class Run:
         default = set(Settings().n_remove_grid)
         if default <= set(self.grid):  # nobody asked for the default ones: keep those that fit the model
             self.grid = [k for k in self.grid if k < self.n_layers or k not in default] or [1]
-        asked = (
-            set() if settings.n_remove == Settings().n_remove else {settings.n_remove}
-        )  # 01 and 02 have none
+        asked = {settings.n_remove} - {Settings().n_remove}  # 01 and 02 have none
         for n_remove in (*self.grid, *asked):
             check_n_remove(n_remove, self.n_layers)
         context = getattr(config, "max_position_embeddings", None)

@@ -5,9 +5,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import gmean
 
 from simdiff_utils.comparison.rows import PERPLEXITY
-from simdiff_utils.style import look, plain_log_axis, shared_legend
+from simdiff_utils.style import look, note, plain_log_axis, shared_legend
 
 _LABEL = "WikiText-2 test perplexity"
 # perplexity drawn at the edge: the order of broken models is not worth the room of the others
@@ -56,20 +57,8 @@ def plot_over_layers(rows: pd.DataFrame) -> Figure:
     5."""
     figure, panels = _panels(rows[rows["metric"] == PERPLEXITY])
     for axis, here in panels:
-        dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
-        for name in dict.fromkeys(here["criterion"]):
-            its = here[here["criterion"].isin([name, "dense"])]
-            line = its.groupby("n_remove")[["value", "low", "high"]].median()
-            if len(line) > 1:
-                own = look(name, ms=6, lw=1.8) if name in _MAIN else _OTHERS
-                axis.plot(line["value"], **own)
-                if name in _MAIN:
-                    band = dict(color=own["color"], alpha=0.1, lw=0)
-                    axis.fill_between(line.index, line["low"], line["high"], **band)
-        axis.set(xlabel="layers removed, K", ylabel=_LABEL)
-        axis.set(yscale="log", ylim=(0.8 * dense, min(_COLLAPSED, 1.3 * here["value"].max())))
-        plain_log_axis(axis.yaxis)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _draw_lines(axis, here)
+        axis.set_ylim(None, min(_COLLAPSED, 1.3 * here["value"].max()))
     shared_legend(figure, [axis for axis, _ in panels], loc="outside lower center", ncols=4)
     return figure
 
@@ -85,27 +74,59 @@ def plot_reproduction(rows: pd.DataFrame, published: pd.DataFrame, siblings: dic
     """
     figure, panels = _panels(rows[rows["metric"] == PERPLEXITY])
     for axis, here in panels:
-        dense = here.loc[here["n_remove"] == 0, "value"].iloc[0]
-        for name in [name for name in _MAIN if name in set(here["criterion"])]:
-            line = (
-                here[here["criterion"].isin([name, "dense"])]
-                .groupby("n_remove")[["value", "low", "high"]]
-                .first()
-            )
-            own = look(name, ms=6, lw=1.8)
-            axis.plot(line["value"], **own)
-            axis.fill_between(line.index, line["low"], line["high"], color=own["color"], alpha=0.1, lw=0)
+        _draw_lines(axis, here)
         (theirs,) = [name for name, label in siblings.items() if here["model"].iloc[0].startswith(label)]
         said = published[(published["model"] == theirs) & (published["metric"] == PERPLEXITY)]
         for name in ("cosine", "masd"):
             its, own = said[said["criterion"] == name], look(name)
             label = f"{own['label']}, {theirs.rpartition('/')[2]} (published)"
             axis.plot(its["n_remove"], its["value"], "x", color=own["color"], ms=8, mew=2, label=label)
-        axis.set(xlabel="layers removed, K", ylabel=_LABEL, yscale="log", ylim=(0.8 * dense, None))
-        plain_log_axis(axis.yaxis)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     shared_legend(figure, [axis for axis, _ in panels], loc="outside lower center", ncols=3)
     return figure
+
+
+def plot_searches(rows: pd.DataFrame) -> Figure:
+    """What a criterion finds and what finding it costs, both over SLEB's greedy search: a point a model.
+
+    Args:
+        rows: of benchmarks/search.py: model, contender, n_remove, seconds (up to this K, the largest first),
+            wikitext2_to_sleb (ratio of perplexities on text that chose nothing).
+    """
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    for (model, _), its in rows.groupby(["model", "contender"], sort=False):
+        sleb = rows[(rows["model"] == model) & (rows["contender"] == "sleb")]
+        cost = its["seconds"].max() / sleb["seconds"].max()
+        found = gmean(its["wikitext2_to_sleb"])
+        own = look(its["contender"].iloc[0], ls="", ms=8)
+        axis.plot(cost, found, **own)
+        note(axis, _brief(model).partition("-")[0], (cost, found), (6, 4))
+    axis.axhline(1, color=look("dense")["color"], ls=":", lw=1.2)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="seconds for a grid of K, over SLEB's",
+        ylabel=f"{_LABEL},\nover SLEB's",
+    )
+    for each in (axis.xaxis, axis.yaxis):
+        plain_log_axis(each)
+    shared_legend(axis, [axis], loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def _draw_lines(axis: Axes, here: pd.DataFrame) -> None:
+    """One model's perplexities over the number of layers removed."""
+    for name in dict.fromkeys(here["criterion"]):
+        its = here[here["criterion"].isin([name, "dense"])]
+        line = its.groupby("n_remove")[["value", "low", "high"]].median()
+        if len(line) > 1:
+            own = look(name, ms=6, lw=1.8) if name in _MAIN else _OTHERS
+            axis.plot(line["value"], **own)
+            if name in _MAIN:
+                axis.fill_between(line.index, line["low"], line["high"], color=own["color"], alpha=0.1, lw=0)
+    axis.set(xlabel="layers removed, K", ylabel=_LABEL, yscale="log")
+    axis.set_ylim(0.8 * here.loc[here["n_remove"] == 0, "value"].iloc[0], None)
+    plain_log_axis(axis.yaxis)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _panels(rows: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
