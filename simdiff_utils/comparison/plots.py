@@ -92,23 +92,17 @@ def plot_searches(rows: pd.DataFrame) -> Figure:
         rows: of benchmarks/search.py: model, contender, n_remove, seconds (up to this K, the largest first),
             wikitext2_to_sleb (ratio of perplexities on text that chose nothing).
     """
+    sleb = rows[rows["contender"] == "sleb"].groupby("model")["seconds"].max()
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    for (model, _), its in rows.groupby(["model", "contender"], sort=False):
-        sleb = rows[(rows["model"] == model) & (rows["contender"] == "sleb")]
-        cost = its["seconds"].max() / sleb["seconds"].max()
-        found = gmean(its["wikitext2_to_sleb"])
-        own = look(its["contender"].iloc[0], ls="", ms=8)
-        axis.plot(cost, found, **own)
-        note(axis, _brief(model).partition("-")[0], (cost, found), (6, 4))
     axis.axhline(1, color=look("dense")["color"], ls=":", lw=1.2)
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="seconds for a grid of K, over SLEB's",
-        ylabel=f"{_LABEL},\nover SLEB's",
-    )
-    for each in (axis.xaxis, axis.yaxis):
-        plain_log_axis(each)
+    for (model, name), its in rows.groupby(["model", "contender"], sort=False):
+        place = its["seconds"].max() / sleb[model], gmean(its["wikitext2_to_sleb"])
+        axis.plot(*place, **look(name, ls="", ms=8))
+        note(axis, _brief(model).partition("-")[0], place, (6, 4))
+    axis.set(xscale="log", xlabel="seconds for a whole grid of K, over SLEB's")
+    axis.set(yscale="log", ylabel=f"{_LABEL},\nover SLEB's")
+    plain_log_axis(axis.xaxis)
+    plain_log_axis(axis.yaxis)
     shared_legend(axis, [axis], loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 

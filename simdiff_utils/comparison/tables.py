@@ -2,19 +2,17 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
 from simdiff_utils import SimDiffError, registry
-from simdiff_utils.comparison.rows import COLUMNS, PERPLEXITY
+from simdiff_utils.comparison.rows import PERPLEXITY
 from simdiff_utils.criterion.race import verdict
-from simdiff_utils.files import repository_root
+from simdiff_utils.results import stored_table
 from simdiff_utils.style import NAMES
 
 ROWS = "06_comparison.csv"  # in figures/: what the workbook has measured
-_REPOSITORY = repository_root(Path(__file__).parent)  # wherever the notebook that asks is run
 SIBLINGS = {  # the paper's model -> what can be had: same shape, trained on from it with code, four bits
     "Qwen/Qwen2.5-0.5B": "Qwen2.5-Coder-0.5B-Instruct",
     "Qwen/Qwen2.5-1.5B": "Qwen2.5-Coder-1.5B-Instruct",
@@ -47,11 +45,10 @@ def stored_rows(model: str) -> pd.DataFrame:
     Args:
         model: the checkpoint's label.
     """
-    path = _REPOSITORY / "figures" / ROWS
-    rows = pd.read_csv(path, comment="#") if path.exists() else pd.DataFrame(columns=COLUMNS)
+    rows = stored_table(f"figures/{ROWS}")
     if model not in set(rows["model"]):
         raise SimDiffError(
-            f"the workbook has measured {' and '.join(rows['model'].unique()) or 'nothing'}, not {model}: "
+            f"the workbook has measured {' and '.join(rows['model'].unique())}, not {model}: "
             "set measure = True to measure it here."
         )
     return rows.assign(removed=rows["removed"].map(json.loads))
@@ -124,14 +121,13 @@ def show_published(published: pd.DataFrame, sources: Iterable[str]) -> Styler:
 
 def reproduction_rows() -> pd.DataFrame:
     """The workbook's own measurements on siblings of the paper's models (benchmarks/reproduction.py)."""
-    path = _REPOSITORY / "benchmarks" / "results" / "reproduction.csv"
-    return pd.read_csv(path, comment="#") if path.exists() else pd.DataFrame(columns=COLUMNS)
+    return stored_table("benchmarks/results/reproduction.csv")
 
 
 def beside_published(rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's published numbers, each with what was measured of the same criterion, K and metric, NaN
     where nobody did: `measured` on the same model, `sibling` on the one that `SIBLINGS` names."""
-    table = pd.read_csv(_REPOSITORY / "notebooks" / "published.csv")
+    table = stored_table("notebooks/published.csv")
     keys = ["model", "criterion", "n_remove", "metric"]
     siblings = reproduction_rows()
     theirs = {label: name for name, label in SIBLINGS.items()}

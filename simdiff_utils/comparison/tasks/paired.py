@@ -42,16 +42,12 @@ def compare_answers(rows: pd.DataFrame, base: frozenset[int], seed: int = 0) -> 
     for removed, mine in answers.items():
         if {task: len(hits) for task, hits in mine.items()} != {t: len(hits) for t, hits in theirs.items()}:
             raise SimDiffError(f"layers {sorted(removed)} and {sorted(base)} were asked other questions.")
-        differences = {task: mine[task] - theirs[task] for task in mine}
+        differences = {task: [mine[task] - theirs[task]] for task in mine}  # 1, 0 or -1 for each question
+        differences["mean"] = [one for (one,) in differences.values()]
         if removed != base:
-            table += [{"removed": sorted(removed)} | row for row in _test(differences, seed)]
+            for task, ones in differences.items():
+                table.append({"removed": sorted(removed), "task": task} | _compare(ones, seed))
     return pd.DataFrame(table)
-
-
-def _test(differences: dict[str, np.ndarray], seed: int) -> list[dict]:
-    """A row a task, and one for their mean; a difference is 1, 0 or -1 for each question."""
-    rows = [{"task": task} | _compare([one], seed) for task, one in differences.items()]
-    return [*rows, {"task": "mean"} | _compare([*differences.values()], seed)]
 
 
 def _compare(differences: list[np.ndarray], seed: int) -> dict:
