@@ -15,6 +15,7 @@ _MODELS = {  # what is no criterion
     "dense": {"color": "#333333", "marker": "D", "ls": "-", "label": "dense"},
     "pruned": {"color": "#D55E00", "marker": "v", "ls": "-", "label": "pruned"},
     "recovered": {"color": "#CC79A7", "marker": "P", "ls": "-", "label": "recovered"},
+    "lazy": {"color": "#000000", "marker": "s", "ls": "-.", "label": "lazy greedy chain"},
 }
 NAMES = {name: look["label"] for name, look in _MODELS.items()} | {
     name: row.label for name, row in registry.CRITERIA.items()

@@ -5,10 +5,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import gmean
 
 from simdiff_utils.comparison.rows import PERPLEXITY
-from simdiff_utils.style import look, note, plain_log_axis, shared_legend
+from simdiff_utils.style import look, plain_log_axis, shared_legend
 
 _LABEL = "WikiText-2 test perplexity"
 # perplexity drawn at the edge: the order of broken models is not worth the room of the others
@@ -86,24 +85,24 @@ def plot_reproduction(rows: pd.DataFrame, published: pd.DataFrame, siblings: dic
 
 
 def plot_searches(rows: pd.DataFrame) -> Figure:
-    """What a criterion finds and what finding it costs, both over SLEB's greedy search: a point a model.
+    """What searches find, over SLEB's greedy search, with bands of 95 % (paired); how long each took for all
+    K together stands beside its name.
 
     Args:
         rows: of benchmarks/search.py: model, contender, n_remove, seconds (up to this K, the largest first),
-            wikitext2_to_sleb (ratio of perplexities on text that chose nothing).
+            test_to_sleb with its interval: the ratio of perplexities on other text of the same kind.
     """
-    sleb = rows[rows["contender"] == "sleb"].groupby("model")["seconds"].max()
-    figure, axis = plt.subplots(figsize=(8, 3.6))
-    axis.axhline(1, color=look("dense")["color"], ls=":", lw=1.2)
-    for (model, name), its in rows.groupby(["model", "contender"], sort=False):
-        place = its["seconds"].max() / sleb[model], gmean(its["wikitext2_to_sleb"])
-        axis.plot(*place, **look(name, ls="", ms=8))
-        note(axis, _brief(model).partition("-")[0], place, (6, 4))
-    axis.set(xscale="log", xlabel="seconds for a whole grid of K, over SLEB's")
-    axis.set(yscale="log", ylabel=f"{_LABEL},\nover SLEB's")
-    plain_log_axis(axis.xaxis)
-    plain_log_axis(axis.yaxis)
-    shared_legend(axis, [axis], loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure, panels = _panels(rows)
+    for axis, here in panels:
+        for name, its in here.sort_values("n_remove").groupby("contender", sort=False):
+            own = look(name, ms=6, lw=1.8)
+            label = f"{own['label']}: {its['seconds'].max():,.0f} s"
+            axis.plot(its["n_remove"], its["test_to_sleb"], **own | {"label": label})
+            ends = its["test_to_sleb_low"], its["test_to_sleb_high"]
+            axis.fill_between(its["n_remove"], *ends, color=own["color"], alpha=0.1, lw=0)
+        axis.set(xlabel="layers removed, K", ylabel="test perplexity, over SLEB's")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
     return figure
 
 

@@ -104,7 +104,7 @@ def plot_chain(chain: pd.DataFrame, choices: pd.DataFrame, dense: float) -> Figu
         dense: perplexity of the dense model.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    own = look("sleb", label="lazy greedy chain")
+    own = look("lazy")
     axes[0].plot(chain["n_remove"], chain["perplexity"], **own)
     for row in chain.iloc[1:].itertuples():
         note(axes[0], row.layer_idx, (row.n_remove, row.perplexity), (2, -11), color=_DARK)

@@ -145,7 +145,7 @@ CHOOSING = {"choice", "comparison", "prune", "recovery"}
             "    # a comment\n    if decoder.streamed:",
             set(),
         ),
-        ("criterion/plots.py", "figsize=(7.5, 3.7)", "figsize=(8, 4)", set()),
+        ("criterion/plots.py", "figsize=(8.5, 4.6)", "figsize=(8, 4)", set()),
         ("capture/plots.py", "import", "import sys\nimport", set()),
         ("style.py", '"#333333"', '"#222222"', set()),
         ("comparison/tables.py", '"yes"', '"indeed"', set()),
