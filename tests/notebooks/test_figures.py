@@ -86,6 +86,9 @@ def test_notebook_06_draws_the_committed_rows(measured, name):
     rows = pd.concat([measured[1], pd.read_csv(path, comment="#")])
     rows = rows.set_index(["model", "criterion", "n_remove", "seed", "metric"])["value"]
     table = read_table(f"{name}.csv")[1]
+    if "contender" in table:  # a measurement of its own
+        pd.testing.assert_frame_equal(table, pd.read_csv(path.parent / "search.csv", comment="#"))
+        return
     if "metric" not in table:  # one row a set, a column for each metric
         table = table.rename(columns={"perplexity": "value"}).assign(metric=PERPLEXITY, seed=0)
     assert len(table)
