@@ -1,14 +1,12 @@
 """Could something cheaper than an evaluation say which layer greedy removal takes next?
 
-    python -m benchmarks.estimates smollm2 gemma qwen-0.5b [--blocks 6] [--steps 0 1 2 ...]
+    python -m benchmarks.estimates smollm2 gemma qwen-0.5b [--blocks 6]
 
 Plain greedy search is run with every candidate measured. At each of its steps every estimate ranks the layers
 that are left; `needed` is the place of the layer that greedy takes: so many candidates a search has to
 measure that goes through them in the estimate's order and knows when to stop. `spearman` is the rank
-correlation with the measured losses. What an estimate itself costs is given in evaluations of these blocks
-(a backward pass counts as two, a pass for a capture as one).
+correlation with the measured losses. A random order needs (n + 1) / 2 of n on average.
 
-- `random`: the mean place, (n + 1) / 2.
 - `first`: the losses without each single layer, measured once (n_layers evaluations).
 - `previous`: what the layer cost the step before (what the lazy search has at no cost).
 - `cosine`, `relative`: captured once on the dense model.
@@ -72,12 +70,6 @@ def gate_gradients(model: PreTrainedModel, blocks: Tensor) -> np.ndarray:
     return np.array(found)
 
 
-def captured(decoder: Decoder, blocks: Tensor, suffix: str = "") -> Estimates:
-    table = capture_statistics(decoder, blocks, BATCH_SIZE).table()
-    relative = normalise(table, "relative")[1]
-    return {f"cosine{suffix}": cosine_scores(table), f"relative{suffix}": relative}
-
-
 class Chain:
     """Greedy removal with all of its candidates measured, and what the estimates say at each step."""
 
@@ -91,47 +83,52 @@ class Chain:
         self.n_layers, self.n_steps = self.run.n_layers, max(GRIDS[model])
         self.run.model.requires_grad_(False)
 
-    def dense(self) -> None:
-        """What is measured once."""
-        gradients = gate_gradients(self.run.model, self.blocks)
-        self.gradient, self.fisher = gradients.mean(0), gradients.T @ gradients / len(gradients)
-        self.once = captured(self.run.decoder, self.blocks)
-
-    def energy(self, removed: list[int]) -> float:
-        out = np.isin(np.arange(self.n_layers), removed).astype(float)
-        return float(-self.gradient @ out + out @ self.fisher @ out / 2)
-
     def rows(self) -> list[dict]:
-        self.dense()
-        order, rows = [], []
-        first = before = None
+        order, measured, rows = [], [], []  # measured: layer -> loss, step by step
+        dense = self.look_at([])
         for step in range(self.n_steps):
             left = [i for i in range(self.n_layers) if i not in order]
             losses = self.evaluator.losses([frozenset({*order, i}) for i in left]).mean(1)
-            measured = dict(zip(left, losses, strict=True))
-            first = first or measured
             best = int(losses.argmin())
-            for name, values in self.estimates(order, left, first, before).items():
+            now = self.look_at(order) if order else dense
+            for name, values in estimate(order, left, dense, now, measured).items():
                 place = 1 + int((values < values[best]).sum())
                 rows.append({"step": step + 1, "estimate": name, "needed": place, "of": len(left)})
                 rows[-1]["spearman"] = round(float(spearmanr(values, losses).statistic), 3)
-            before = measured
+            measured.append(dict(zip(left, losses, strict=True)))
             order.append(left[best])
-            print(step + 1, left[best], {row["estimate"]: row["needed"] for row in rows[-10:]}, flush=True)
+            needed = {row["estimate"]: row["needed"] for row in rows if row["step"] == step + 1}
+            print(step + 1, order[-1], needed, flush=True)
         return rows
 
-    def estimates(self, order: list[int], left: list[int], first: dict, before: dict | None) -> Estimates:
-        found = {name: values[left] for name, values in self.once.items()}
-        found["energy"] = np.array([self.energy([*order, i]) for i in left])
-        if before:
-            found["first"] = np.array([first[i] for i in left])
-            found["previous"] = np.array([before[i] for i in left])
+    def look_at(self, order: list[int]) -> tuple[np.ndarray, Estimates]:
+        """Gradients of the gates, [n_blocks, n_left], and the captured scores of the model cut so far."""
         with layers_removed(self.run.model, frozenset(order)) as cut:
-            gradients = gate_gradients(cut, self.blocks)
-            found |= captured(Decoder(cut), self.blocks, " again")
-        found["gate"] = -gradients.mean(0)
-        found["gate, 2nd order"] = found["gate"] + (gradients**2).mean(0) / 2
-        return found
+            table = capture_statistics(Decoder(cut), self.blocks, BATCH_SIZE).table()
+            scores = {"cosine": cosine_scores(table), "relative": normalise(table, "relative")[1]}
+            return gate_gradients(cut, self.blocks), scores
+
+
+def estimate(
+    order: list[int],
+    left: list[int],
+    dense: tuple[np.ndarray, Estimates],
+    now: tuple[np.ndarray, Estimates],
+    measured: list[dict[int, float]],
+) -> Estimates:
+    """What every estimate says of the layers that are left, given the dense model and the one cut so far."""
+    found = {name: scores[left] for name, scores in dense[1].items()}
+    found |= {f"{name} again": scores for name, scores in now[1].items()}
+    found["gate"] = -now[0].mean(0)
+    found["gate, 2nd order"] = found["gate"] + (now[0] ** 2).mean(0) / 2
+    out = np.zeros((len(left), dense[0].shape[1]))  # a row a candidate: 1 where a layer is gone
+    out[:, order] = 1
+    out[range(len(left)), left] = 1
+    found["energy"] = -out @ dense[0].mean(0) + ((out @ dense[0].T) ** 2).mean(1) / 2
+    if measured:
+        found["first"] = np.array([measured[0][i] for i in left])
+        found["previous"] = np.array([measured[-1][i] for i in left])
+    return found
 
 
 def main() -> None:
