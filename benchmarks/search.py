@@ -29,7 +29,7 @@ from simdiff_utils.capture import stage as capture
 from simdiff_utils.comparison.rows import windows
 from simdiff_utils.criterion.candidates import Evidence
 from simdiff_utils.criterion.equations import normalise
-from simdiff_utils.criterion.floating import LazyGreedy
+from simdiff_utils.criterion.floating import Chain
 from simdiff_utils.criterion.propose import propose
 from simdiff_utils.criterion.race import Evaluator
 from simdiff_utils.criterion.search import greedy, search_ternary
@@ -119,8 +119,8 @@ def sleb(exact: bool) -> Contender:
 
 
 def lazy(_bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:
-    order = LazyGreedy(evaluator, grid[0], confidence=CONFIDENCE).order
-    yield from ((k, frozenset(order[:k])) for k in grid)
+    chain = Chain(evaluator, grid[0])
+    yield from ((k, chain.best[k]) for k in grid)
 
 
 def evolution(bench: Bench, evaluator: Evaluator, grid: list[int]) -> Answers:

@@ -1,37 +1,41 @@
-"""Searches that evaluate few sets: lazily greedy, and floating from the best set known (ours).
+"""A search that evaluates few sets: lazily greedy, and floating.
 
 What a layer is worth after others are gone no one-pass number sees: it has to be measured, but not for every
-layer at every step.
+layer at every step, nor on all of the text. The search looks at a first slice; its best few sets then race on
+all blocks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from simdiff_utils.criterion.candidates import Candidate, Evidence
 from simdiff_utils.criterion.cuts import Cuts
-from simdiff_utils.criterion.propose import propose
+from simdiff_utils.criterion.propose import N_BLOCKS, angular_sets
 from simdiff_utils.criterion.race import Evaluator, Removed
 from simdiff_utils.criterion.search import next_sets
 
-# candidates that the lazy search measures at once: they share what lies before their first difference
-BATCH = 2
-# of a swap: layers put back (the best), layers taken away for each (the most promising)
-N_BACK, N_AWAY = 3, 6
+BATCH = 4  # layers tried at once: the sets share what lies before their first difference
+N_BACK = 1  # sets that the floating search asks for after each step, with a layer put back
+N_FINALISTS = 4  # sets that race on all blocks
 
 
-class LazyGreedy:
-    """Minoux's lazy greedy search: what a layer cost the step before is an estimate of what it costs now.
+class Chain:
+    """A set for every number of layers, each one layer more than the best one before it.
 
-    Layers are tried on a first slice of the blocks, in the order of their estimates, until the best of them
-    beats every estimate that is left; all that were tried then race. That is plain greedy where increments
-    never fall (and the slice orders like the whole); where they do, a layer may be passed over.
+    Minoux's lazy greedy search: what a layer cost when it was last measured is an estimate of what it costs
+    now. Layers are tried in the order of their estimates until the best of them beats every estimate that is
+    left. That is plain greedy where increments never fall; where they do, a layer may be passed over.
+
+    With `n_back` it floats (Pudil et al., 1994): after each step the layer that cost most is put back (of
+    those not tried yet, and so many of them), and where that betters the best set known of one layer fewer,
+    the search goes on from there.
 
     Attributes:
-        order: layers in the order of removal: the first k are the answer for k.
-        estimates: by layer that is left, the increment of the mean loss last measured, on the first slice.
-        asked: the sets whose losses were asked for.
-        n_asked: how many these were after each step.
+        losses: of each set asked for, the mean over the first slice of the blocks.
+        best: by number of layers, the set of lowest loss among them.
+        estimates: by layer, the increment last measured.
+        n_asked: how many sets had been asked for at each number of layers.
     """
 
     def __init__(
@@ -40,105 +44,79 @@ class LazyGreedy:
         n_remove: int,
         cuts: Cuts | None = None,
         protected: frozenset[int] = frozenset(),
+        n_back: int = 0,
+        others: Callable[[int], Iterable[Removed]] = lambda _n_removed: (),
         batch: int = BATCH,
-        **race,
+        exact: bool = False,
     ) -> None:
-        """Search a chain of sets of 1 to n_remove layers; `race` as in `Evaluator.race`, for each step."""
-        self.order: list[int] = []
-        self.estimates: dict[int, float] = {}
-        self.asked: set[Removed] = {frozenset()}
-        self.n_asked: list[int] = []
-        self._evaluator, self._batch = evaluator, batch
-        self._slice = None if race.get("exact") else evaluator.first_slice()
-        for step in range(n_remove):
-            tried = next_sets(evaluator, self.order, n_remove, protected, cuts)
-            measured = self._measure([layer_idx for s in tried for layer_idx in s - {*self.order}])
-            self.estimates |= measured
-            raced = {step: [frozenset({*self.order, i}) for i in sorted(measured)]}
-            (best,) = evaluator.race(raced, **race).winners[step] - {*self.order}
-            self.estimates.pop(best)
-            self.order.append(best)
-            self.n_asked.append(len(self.asked))
-
-    def _measure(self, left: list[int]) -> dict[int, float]:
-        """Increments of the most promising layers, as many as it takes."""
-        base = self._evaluator.losses([frozenset(self.order)], self._slice).mean()
-        unknown = sum(layer_idx not in self.estimates for layer_idx in left)
-        waiting = sorted((self.estimates.get(i, -np.inf), i) for i in left)
-        measured: dict[int, float] = {}
-        while waiting and (not measured or min((loss, i) for i, loss in measured.items()) > waiting[0]):
-            size = max(self._batch, unknown - len(measured))  # at first all: nothing is known of them
-            tried, waiting = [i for _, i in waiting[:size]], waiting[size:]
-            sets = [frozenset({*self.order, i}) for i in tried]
-            self.asked |= {*sets}
-            losses = self._evaluator.losses(sets, self._slice).mean(1)
-            measured |= {i: loss - base for i, loss in zip(tried, losses, strict=True)}
-        return measured
-
-
-class Floating:
-    """Floating search (Pudil et al., 1994): layers put back and others taken away, as long as the loss falls.
-
-    A swap puts each removed layer back, and takes from the best `N_BACK` of these sets each of the `N_AWAY`
-    layers of the smallest known increment. Where no swap helps, a detour takes one more layer away first.
-
-    Attributes:
-        best: the set of lowest loss by now.
-        asked: the sets whose losses were asked for, on some blocks at least.
-    """
-
-    def __init__(self, evidence: Evidence, known: list[Removed], estimates: dict[int, float]) -> None:
-        """Start from the best of some sets of one size.
+        """Search sets of 1 to n_remove layers.
 
         Args:
-            estimates: by layer, what removing it is thought to cost.
+            others: sets of so many layers from elsewhere; the chain goes on from one that is better.
+            exact: look at all blocks, not at a slice of them.
         """
-        self._evaluator, self._cuts, self._estimates = evidence.evaluator(), evidence.cuts, estimates
-        self._race = {"confidence": evidence.confidence, "exact": evidence.exact}
-        self.asked: set[Removed] = set()
-        self.best = self._best_of(known)
-        while self._improve(self._swaps()) or self._improve(self._detours()):
-            pass
+        self._evaluator, self._slice = evaluator, None if exact else evaluator.first_slice()
+        self.losses: dict[Removed, float] = {}
+        self.best: dict[int, Removed] = {}
+        self.estimates: dict[int, float] = {}
+        self._ask([frozenset()])
+        self.n_asked, k = [1], 0
+        while k < n_remove:
+            self._extend(next_sets(evaluator, sorted(self.best[k]), n_remove, protected, cuts), batch)
+            k += 1
+            self._ask(others(k))
+            self.n_asked[k:] = [len(self.losses)]
+            while k > 1 and self._put_back(k, n_back):
+                k -= 1
 
-    def _improve(self, moves: Iterable[Removed]) -> bool:
-        before = self.best
-        self.best = self._best_of([before, *filter(self._cuts.allows, moves)])
+    def _ask(self, sets: Iterable[Removed]) -> bool:
+        """Whether one of these sets betters the best of its size; of equal ones the one of earlier layers."""
+        new = [removed for removed in dict.fromkeys(sets) if removed not in self.losses]
+        means = self._evaluator.losses(new, self._slice).mean(1) if new else ()
+        self.losses |= dict(zip(new, map(float, means), strict=True))
+        before = dict(self.best)
+        for removed in new:
+            present = self.best.setdefault(len(removed), removed)
+            self.best[len(removed)] = min(present, removed, key=lambda s: (self.losses[s], sorted(s)))
         return self.best != before
 
-    def _best_of(self, sets: list[Removed]) -> Removed:
-        self.asked.update(sets)
-        return self._evaluator.race({0: dict.fromkeys(sets)}, **self._race).winners[0]
+    def _extend(self, larger: list[Removed], batch: int) -> None:
+        """Try one layer more, as many as it takes; `larger` in the order of the layers."""
+        before = self.best[len(larger[0]) - 1]
+        layers = [next(iter(removed - before)) for removed in larger]
+        waiting = sorted((self.estimates.get(i, -np.inf), i, s) for i, s in zip(layers, larger, strict=True))
+        unknown = sum(estimate == -np.inf for estimate, *_ in waiting)  # at first all: they are tried at once
+        measured: list[tuple[float, int]] = []
+        while waiting and (not measured or min(measured) > waiting[0][:2]):
+            size = max(batch, unknown - len(measured))
+            tried, waiting = waiting[:size], waiting[size:]
+            self._ask(removed for *_, removed in tried)
+            measured += [(self.losses[s] - self.losses[before], i) for _, i, s in tried]
+        self.estimates |= {layer_idx: increment for increment, layer_idx in measured}
 
-    def _swaps(self) -> Iterator[Removed]:
-        for smaller in self._most_promising(self._put_back(self.best)):
-            yield from self._take_away(smaller, self.best)
-
-    def _detours(self) -> Iterator[Removed]:
-        if len(self.best) + 1 < self._evaluator.n_layers:
-            for larger in self._most_promising(self._take_away(self.best, self.best)):
-                yield from self._put_back(larger)
-
-    def _most_promising(self, sets: list[Removed]) -> list[Removed]:
-        """The best few by the losses of a first slice."""
-        self.asked.update(sets)
-        losses = self._evaluator.losses(sets, self._evaluator.first_slice()).mean(1)
-        return [sets[place] for place in losses.argsort(kind="stable")[:N_BACK]]
-
-    def _take_away(self, removed: Removed, but: Removed) -> list[Removed]:
-        """The set with one more of the layers that promise to cost least."""
-        left = [i for i in range(self._evaluator.n_layers) if i not in removed | but | self._cuts.protected]
-        left.sort(key=lambda i: (self._estimates.get(i, np.inf), i))
-        return [removed | {i} for i in left[:N_AWAY]]
-
-    @staticmethod
-    def _put_back(removed: Removed) -> list[Removed]:
-        return [removed - {i} for i in sorted(removed)]
+    def _put_back(self, k: int, n_back: int) -> bool:
+        removed = self.best[k]
+        dearest = sorted(removed, key=lambda i: (-self.estimates.get(i, np.inf), i))
+        smaller = [s for s in (removed - {layer_idx} for layer_idx in dearest) if s not in self.losses]
+        return self._ask(smaller[:n_back])
 
 
 def floating_sets(evidence: Evidence, n_remove: int) -> list[Candidate]:
-    """What the floating search makes of the portfolio's sets and of what the lazy search reaches."""
-    race = {"confidence": evidence.confidence, "exact": evidence.exact}
-    lazy = LazyGreedy(evidence.evaluator(), n_remove, evidence.cuts, **race)
-    known = [frozenset(lazy.order), *(c.removed for c in propose("portfolio", evidence, n_remove))]
-    search = Floating(evidence, known, lazy.estimates)
-    return [Candidate(search.best, "floating", n_models=len(search.asked | lazy.asked))]
+    """The best sets of the floating search, which also looks at blocks of layers that turn the state little.
+
+    It goes one layer further than asked, so that one may be put back; and it looks at the same numbers of
+    layers on its way whatever n_remove is, so that a grid takes hardly more than its largest number.
+    """
+    n_layers, cuts = evidence.n_layers, evidence.cuts
+    stride = max(2, round(n_layers / 10))
+    further = not evidence.kinds and n_remove + 1 < n_layers - len(cuts.protected)
+    end = n_remove + further
+
+    def blocks(k: int) -> Iterable[Removed]:
+        found = angular_sets(evidence, k, N_BLOCKS) if k % stride == 0 or k == n_remove else ()
+        return (c.removed for c in found if cuts.completes(c.removed, end, frozenset()))
+
+    chain = Chain(evidence.evaluator(), end, cuts, n_back=N_BACK, others=blocks, exact=evidence.exact)
+    found = sorted((s for s in chain.losses if len(s) == n_remove), key=chain.losses.get)[:N_FINALISTS]
+    n_others = len(chain.losses) - len(found)
+    return [Candidate(removed, "floating", n_models=n_others) for removed in found]

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from simdiff_utils import SimDiffError, registry, require
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.criterion.candidates import Candidate, Evidence
-from simdiff_utils.criterion.floating import LazyGreedy
+from simdiff_utils.criterion.floating import Chain
 from simdiff_utils.criterion.laco import Merges
 from simdiff_utils.criterion.propose import count_passes, propose
 from simdiff_utils.criterion.race import Evaluator, verdict
@@ -172,14 +173,14 @@ def chain(run: Run, n_remove: int) -> pd.DataFrame:
         perplexity of the set on all validation blocks, n_asked (sets whose losses were asked for so far).
     """
     measured, s = evaluator(run, "validation"), run.settings
-    found = LazyGreedy(measured, n_remove, evidence(run).cuts, confidence=s.confidence, exact=s.exact)
-    sets = [frozenset(found.order[:k]) for k in range(n_remove + 1)]
+    found = Chain(measured, n_remove, evidence(run).cuts, exact=s.exact)
+    sets = [found.best[k] for k in range(n_remove + 1)]
     return pd.DataFrame(
         {
             "n_remove": range(n_remove + 1),
-            "layer_idx": [-1, *found.order],
+            "layer_idx": [-1, *(i for before, after in pairwise(sets) for i in after - before)],
             "perplexity": [perplexity(values) for values in measured.losses(sets)],
-            "n_asked": [1, *found.n_asked],
+            "n_asked": found.n_asked,
         }
     )
 
