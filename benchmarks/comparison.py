@@ -76,11 +76,12 @@ def write_ledger(runs: list[Run], path: Path) -> None:
 
 
 def write_rows(rows: pd.DataFrame, path: Path, command: str) -> None:
-    """Put the rows of one model into the table; rows of other models stay, and so do their facts above it."""
-    model, facts, others = rows["model"].iloc[0], {}, pd.DataFrame()
+    """Put the rows of one model into the table, in the place of those that were there; rows of other models
+    stay, and so do their facts above it."""
+    model, facts, parts = rows["model"].iloc[0], {}, {}
     if path.exists():
         facts = dict(json.loads(line[2:]) for line in path.read_text().splitlines() if line.startswith("# "))
-        others = pd.read_csv(path, comment="#")
+        parts = dict(list(pd.read_csv(path, comment="#").groupby("model", sort=False)))
     before = facts.get(model, {}).get("machine", "").split(" and ")  # each machine did a part
     machines = [*before, provenance.describe_machine()]
     facts[model] = {
@@ -88,8 +89,7 @@ def write_rows(rows: pd.DataFrame, path: Path, command: str) -> None:
         "machine": " and ".join(dict.fromkeys(filter(None, machines))),
         "torch": torch.__version__,
     }
-    others = others[others["model"] != model] if len(others) else others
-    table = pd.concat([others, rows], ignore_index=True)
+    table = pd.concat((parts | {model: rows}).values(), ignore_index=True)
     head = "".join(f"# {json.dumps(pair)}\n" for pair in facts.items())
     with write_whole(path) as partial:
         partial.write_text(head + table.to_csv(index=False, float_format="%.6g"), encoding="utf-8")

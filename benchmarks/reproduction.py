@@ -168,7 +168,9 @@ def main() -> None:
     command = f"python -m benchmarks.reproduction {given.model} --grid {' '.join(map(str, given.grid))}"
     command += f" --windows {given.windows} --samples {given.samples} --seq-len {given.seq_len}"
     command += f" --validation {given.validation} --dtype {given.dtype}"
-    command += f" --text {given.text}" if given.text else ""
+    command += f" --criteria {' '.join(given.criteria)}"
+    command += f" --tasks {' '.join(map(str, given.tasks))}" if given.tasks else ""
+    command += (f" --text {given.text}" if given.text else "") + " --data DATA"
     model = run.checkpoint.label
     for name, table in (
         ("reproduction.csv", rows),

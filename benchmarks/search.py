@@ -264,6 +264,7 @@ def main() -> None:
         command = f"python -m benchmarks.search {model} --blocks {given.blocks} --windows {given.windows}"
         if given.contenders != list(CONTENDERS):
             command += f" --contenders {' '.join(map(repr, given.contenders))}"
+        command += f" --dtype {given.dtype} --data DATA"
         rows = pd.DataFrame([row for name in given.contenders for row in contend(bench, name, folder)])
         rows = judge(bench, rows, given.windows).assign(model=bench.run.checkpoint.label)
         rows["dtype"] = bench.run.settings.dtype

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from simdiff_utils.comparison.rows import PERPLEXITY
-from simdiff_utils.style import look, plain_log_axis, shared_legend
+from simdiff_utils.style import look, note, plain_log_axis, shared_legend
 
 _LABEL = "WikiText-2 test perplexity"
 # perplexity drawn at the edge: the order of broken models is not worth the room of the others
@@ -81,6 +81,28 @@ def plot_reproduction(rows: pd.DataFrame, published: pd.DataFrame, siblings: dic
             label = f"{own['label']}, {theirs.rpartition('/')[2]} (published)"
             axis.plot(its["n_remove"], its["value"], "x", color=own["color"], ms=8, mew=2, label=label)
     shared_legend(figure, [axis for axis, _ in panels], loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_gain(rows: pd.DataFrame) -> Figure:
+    """What SimDiff-MASD's set gains on ShortGPT's (ratio of perplexities, 95 % paired), over what ShortGPT's
+    costs (ratio to the dense model's): a point a number of layers, which stands beside it."""
+    rows = rows.groupby("model").filter(lambda its: {"cosine", "masd"} <= set(its["criterion"]))
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
+    for marker, (model, its) in zip("osD^vP", rows.groupby("model", sort=False), strict=False):
+        found = its.set_index(["criterion", "metric", "n_remove"])[["value", "low", "high"]].sort_index()
+        masd = found.loc["masd", "ratio_to_cosine"]
+        cost = found.loc["cosine", PERPLEXITY]["value"] / found.loc["dense", PERPLEXITY]["value"].iloc[0]
+        ends = masd[["low", "high"]].sub(masd["value"], axis=0).abs().to_numpy().T
+        axis.errorbar(cost, masd["value"], ends, fmt=marker, ms=7, capsize=3, label=_brief(model))
+        for n_remove, value in masd["value"].items():
+            note(axis, n_remove, (cost[n_remove], value), (5, 5))
+    axis.axhline(1, color="#333333", ls=":", lw=1.2)
+    axis.set(xscale="log", xlabel="perplexity without ShortGPT's set, over the dense model's")
+    axis.set(yscale="log", ylabel="without SimDiff-MASD's set,\nover ShortGPT's")
+    for side in (axis.xaxis, axis.yaxis):
+        plain_log_axis(side)
+    axis.legend()
     return figure
 
 

@@ -56,9 +56,7 @@ class Chain:
             exact: look at all blocks, not at a slice of them.
         """
         self._evaluator, self._slice = evaluator, None if exact else evaluator.first_slice()
-        self.losses: dict[Removed, float] = {}
-        self.best: dict[int, Removed] = {}
-        self.estimates: dict[int, float] = {}
+        self.losses, self.best, self.estimates = {}, {}, {}
         self._ask([frozenset()])
         self.n_asked, k = [1], 0
         while k < n_remove:
@@ -81,10 +79,9 @@ class Chain:
         return self.best != before
 
     def _extend(self, larger: list[Removed], batch: int) -> None:
-        """Try one layer more, as many as it takes; `larger` in the order of the layers."""
+        """Try one layer more, as many as it takes."""
         before = self.best[len(larger[0]) - 1]
-        layers = [next(iter(removed - before)) for removed in larger]
-        waiting = sorted((self.estimates.get(i, -np.inf), i, s) for i, s in zip(layers, larger, strict=True))
+        waiting = sorted((self.estimates.get(i, -np.inf), i, s) for s in larger for i in s - before)
         unknown = sum(estimate == -np.inf for estimate, *_ in waiting)  # at first all: they are tried at once
         measured: list[tuple[float, int]] = []
         while waiting and (not measured or min(measured) > waiting[0][:2]):

@@ -16,6 +16,7 @@ from simdiff_utils.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures"
+OF_BENCHMARKS = {"06_searches": "search.csv", "06_alpha": "reproduction_alpha.csv"}
 PICTURES = sorted(path.stem for path in FIGURES.glob("*.png"))
 DEFAULTS = dict(Settings())
 
@@ -79,12 +80,14 @@ def test_measured_rows_are_tidy_and_say_how_they_were_made(measured):
         assert all(len(json.loads(row.removed)) == row.n_remove for row in here.itertuples())
 
 
-def test_notebook_06_draws_the_committed_searches():
-    stored = pd.read_csv(ROOT / "benchmarks" / "results" / "search.csv", comment="#")
-    pd.testing.assert_frame_equal(read_table("06_searches.csv")[1], stored)
+@pytest.mark.parametrize("name, source", OF_BENCHMARKS.items())
+def test_notebook_06_draws_what_a_benchmark_has_measured(name, source):
+    stored = pd.read_csv(ROOT / "benchmarks" / "results" / source, comment="#").astype(str)
+    drawn = read_table(f"{name}.csv")[1].astype(str)
+    assert set(drawn.itertuples(index=False)) <= set(stored.itertuples(index=False)) and len(drawn)
 
 
-@pytest.mark.parametrize("name", [n for n in PICTURES if n.startswith("06_") and n != "06_searches"])
+@pytest.mark.parametrize("name", [n for n in PICTURES if n.startswith("06_") and n not in OF_BENCHMARKS])
 def test_notebook_06_draws_the_committed_rows(measured, name):
     """Its figures are of the stored measurements: the numbers beside each are among them, digit for digit."""
     path = ROOT / "benchmarks" / "results" / "reproduction.csv"  # of the paper's siblings

@@ -261,7 +261,7 @@ def test_the_comparison_measures_a_model_of_ones_own(tiny_model, tiny_text, data
     assert set(rows["model"]) == {"tiny"} and {"dense", "random", "laco"} < set(rows["criterion"])
     assert set(rows.loc[rows["metric"] == "AVG", "criterion"]) == {"dense", "cosine", "sleb"}
     pictures = {path.stem.removeprefix("06_") for path in folder.glob("*.png")}
-    assert pictures == {"ranking", "over_layers", "reproduction", "searches"}
+    assert pictures == {"ranking", "over_layers", "reproduction", "searches", "alpha", "gain"}
 
 
 @pytest.mark.slow
