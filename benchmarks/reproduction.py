@@ -10,10 +10,12 @@ version, where rare words are <unk>; raw where the hub is asked), perplexity on 
 literature's protocol. The published ternary search is a criterion of its own here.
 
 Goes on where it stopped, on another machine too: what is measured lies in runs/ and in the ledger
-(benchmarks/results/reproduction.jsonl), which is written after an interrupt as well. Three tables are written
+(benchmarks/results/reproduction.jsonl), which is written after an interrupt as well. Tables are written
 anew after each run, and hold no cell that was not measured: reproduction.csv; reproduction_alpha.csv, the
 validation perplexity of every set that alpha can choose (Figure 4); reproduction_samples.csv, what fewer
-calibration samples would have chosen. An empty --grid checks one layer by hand and measures nothing.
+calibration samples would have chosen; and with --tasks reproduction_answers.csv, McNemar's test and paired
+intervals of every set's answers against ShortGPT's. An empty --grid checks one layer by hand and measures
+nothing.
 """
 
 import argparse
@@ -29,11 +31,13 @@ from benchmarks.comparison import EMBEDDED, read_ledger, write_ledger, write_row
 from simdiff_utils import provenance
 from simdiff_utils.capture import stage as capture
 from simdiff_utils.capture.statistics import capture_statistics
-from simdiff_utils.comparison.rows import PERPLEXITY, measure
+from simdiff_utils.comparison.rows import FOLDER, PERPLEXITY, measure
+from simdiff_utils.comparison.tasks.paired import compare_answers
 from simdiff_utils.criterion import stage
 from simdiff_utils.criterion.alpha import trace_path
 from simdiff_utils.criterion.equations import choose_removed, cosine_scores, normalise
 from simdiff_utils.engine.load import decoder_stack
+from simdiff_utils.files import read_kept
 from simdiff_utils.run import Run
 from simdiff_utils.settings import Settings
 
@@ -88,6 +92,19 @@ def effect_of_samples(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
                 {"criterion": row.criterion, "n_remove": row.n_remove, "n_samples": n_samples} | facts
             )
     return pd.DataFrame(found)
+
+
+def paired_answers(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Every set that was asked the tasks against ShortGPT's of as many layers, question by question."""
+    files = sorted((run.folder / FOLDER / "tasks").glob("**/*.json"))
+    asked = pd.DataFrame([row for file in files for row in (read_kept(file) or {}).get("results", [])])
+    parts = []
+    for n_remove in run.settings.task_grid:
+        cosine = rows[(rows["criterion"] == "cosine") & (rows["n_remove"] == n_remove)]["removed"].iloc[0]
+        of_size = asked["removed"].map(len).isin([0, n_remove]) & (asked["metric"] == "acc")
+        table = compare_answers(asked[of_size], frozenset(json.loads(cosine)))
+        parts.append(table.assign(n_remove=n_remove))
+    return pd.concat(parts, ignore_index=True)
 
 
 @torch.inference_mode()
@@ -172,11 +189,14 @@ def main() -> None:
     command += f" --tasks {' '.join(map(str, given.tasks))}" if given.tasks else ""
     command += (f" --text {given.text}" if given.text else "") + " --data DATA"
     model = run.checkpoint.label
-    for name, table in (
-        ("reproduction.csv", rows),
-        ("reproduction_alpha.csv", steps_over_alpha(run).assign(model=model)),
-        ("reproduction_samples.csv", effect_of_samples(run, rows).assign(model=model)),
-    ):
+    found = {
+        "reproduction.csv": rows,
+        "reproduction_alpha.csv": steps_over_alpha(run).assign(model=model),
+        "reproduction_samples.csv": effect_of_samples(run, rows).assign(model=model),
+    }
+    if given.tasks:
+        found["reproduction_answers.csv"] = paired_answers(run, rows).assign(model=model)
+    for name, table in found.items():
         write_rows(table, RESULTS / name, command)
     print(rows[rows["metric"].isin([PERPLEXITY, "AVG"])].drop(columns="provenance").to_string(), flush=True)
 
