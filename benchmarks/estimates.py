@@ -70,7 +70,7 @@ def gate_gradients(model: PreTrainedModel, blocks: Tensor) -> np.ndarray:
     return np.array(found)
 
 
-class Chain:
+class Greedy:
     """Greedy removal with all of its candidates measured, and what the estimates say at each step."""
 
     def __init__(self, model: str, n_blocks: int) -> None:
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6, help="of validation, 256 tokens each")
     given = parser.parse_args()
     for model in given.models:
-        chain = Chain(model, given.blocks)
+        chain = Greedy(model, given.blocks)
         rows = pd.DataFrame(chain.rows())
         summary = rows.groupby("estimate").agg(
             needed=("needed", "mean"),

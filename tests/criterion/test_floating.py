@@ -157,7 +157,17 @@ def test_floating_keeps_a_pattern(n_remove):
     assert table.loss(found[0].removed) == min(map(table.loss, allowed))
 
 
-def test_on_a_model_floating_is_never_behind_the_lazy_chain_and_the_blocks_and_a_grid_shares_its_sets(peer):
+def test_the_floating_search_of_a_smaller_number_asks_for_hardly_a_set_that_a_larger_one_has_not():
+    table = Table(growing(range(N), np.ones((N, N))))
+    evidence = Evidence(blank_statistics(N), evaluator=lambda: table, exact=True)
+    propose("floating", evidence, 6)
+    n_asked = len(table.evaluated)
+    for n_remove in (4, 3, 2):
+        propose("floating", evidence, n_remove)
+    assert len(table.evaluated) <= n_asked + 3 * N_BLOCKS
+
+
+def test_on_a_model_floating_is_never_behind_the_lazy_chain_and_the_blocks(peer):
     evidence = replace(peer.evidence, exact=True)
     evaluator = evidence.evaluator()
 

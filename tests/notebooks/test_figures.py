@@ -82,9 +82,10 @@ def test_measured_rows_are_tidy_and_say_how_they_were_made(measured):
 
 @pytest.mark.parametrize("name, source", OF_BENCHMARKS.items())
 def test_notebook_06_draws_what_a_benchmark_has_measured(name, source):
-    stored = pd.read_csv(ROOT / "benchmarks" / "results" / source, comment="#").astype(str)
-    drawn = read_table(f"{name}.csv")[1].astype(str)
-    assert set(drawn.itertuples(index=False)) <= set(stored.itertuples(index=False)) and len(drawn)
+    stored = pd.read_csv(ROOT / "benchmarks" / "results" / source, comment="#")
+    if name == "06_alpha":  # one criterion, and no set that is chosen at a tie alone
+        stored = stored[(stored["criterion"] == "masd") & ~stored["degenerate"]].reset_index(drop=True)
+    pd.testing.assert_frame_equal(read_table(f"{name}.csv")[1], stored)
 
 
 @pytest.mark.parametrize("name", [n for n in PICTURES if n.startswith("06_") and n not in OF_BENCHMARKS])
